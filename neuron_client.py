@@ -15,7 +15,6 @@ import sys
 import threading
 import time
 import urllib.parse
-import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from datetime import datetime
@@ -23,18 +22,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import backoff
-import requests
 
 from neuron import __version__, periodic, reports
-from neuron.commands import LATER, CommandDesk, Handler, task_name, task_params
+from neuron.builtin_tasks import add_builtin_tasks
+from neuron.commands import LATER, CommandDesk, task_name, task_params
 from neuron.config import NeuronConfig, updated
 from neuron.credentials import Credentials
-from neuron.data_profile import profile, read_records
-from neuron.endpoints import Endpoints, Route, check_route
+from neuron.data_profile import profile
+from neuron.endpoints import Endpoints
 from neuron.errors import (
     ConfigError,
-    DefinitionError,
-    EngineUnavailable,
     FederationError,
     IdentityConflict,
     JournalUnavailable,
@@ -46,31 +43,21 @@ from neuron.errors import (
     Throttled,
     Unauthorized,
 )
-from neuron.executors import Engine, open_engine
+from neuron.extensions import Extensions
 from neuron.health import (
     Alerts,
-    Dependency,
-    DependencyChecks,
-    Health,
-    Reason,
-    assess,
     degraded,
-    parse_dependency,
 )
 from neuron.journal import Entry, Journal
-from neuron.logs import NeuronLogger, RecentProblems, Throttle, configure, logger, lost_lines, redactor
+from neuron.logs import NeuronLogger, RecentProblems, Throttle, configure, logger, redactor
 from neuron.periodic import PeriodicThread, join_all
-from neuron.tasks import TaskContext, TaskRegistry, check_name, place_of
+from neuron.status import health_report, heartbeat, status_report
+from neuron.tasks import TaskContext
 from neuron.telemetry import (
-    Events,
-    Metric,
-    Metrics,
     RequestStatistics,
     SystemSampler,
     WindowAverages,
-    application_metrics,
     iso_utc,
-    system_metrics,
 )
 from neuron.transport import Answer, Transport, jittered, retry_waits
 
@@ -79,41 +66,27 @@ __all__ = ["APINeuron", "NeuronConfig", "Rejected", "TaskContext", "degraded", "
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class APINeuron:
+class APINeuron(Extensions):
     """A neuron: registers, beats, obeys commands, reports, and serves its own endpoints.
 
     `start()` returns at once and never raises for what the surroundings do; daemon threads do the rest.
     `executor`: any `concurrent.futures.Executor` for the tasks, instead of the configured one.
     """
 
-    # What a host calls once for each request it served; see the class's `__init__` for why it is an attribute.
-    simple_request: Callable[..., None]
-    simulate_request: Callable[..., None]
-
     def __init__(self, config: NeuronConfig | None = None, *, executor: Executor | None = None) -> None:
         self.local_config = self.config = config or NeuronConfig()
+        self.transport = self._new_transport()
+        super().__init__(self.config, executor, self.now)
         self.names = {"neuron_id": "", "neuron_name": self.config.name, "neuron_type": self.config.type}
         self.logger = NeuronLogger(self.names)
         for secret in (self.config.token, self.config.api_secret):
             redactor.learn(secret)
-        self.transport = self._new_transport()
         self.credentials = Credentials(self.config, self.transport.clock, self.logger)
         self.journal = Journal(self.config.state_dir, self.logger)
-        self.tasks = TaskRegistry()
-        self.statistics = RequestStatistics(self.now)
-        # The bound method itself: a wrapper would double what each of the host's requests pays.
-        self.simple_request = self.simulate_request = self.statistics.record
-        self.metrics = Metrics()
-        self.events = Events(self.now)
         self.alerts = Alerts(self.now)
         self.sampler = SystemSampler(Path(self.config.state_dir).absolute().anchor)
         self.averages = WindowAverages()
-        self.dependencies = DependencyChecks(self.now)
-        for item in self.config.dependencies:
-            self.dependencies.add(parse_dependency(item))
-        self.routes: list[Route] = []
-        self.endpoints: Endpoints | None = None
-        self.handlers: dict[str, Handler] = {
+        self.handlers.update({
             "health_check": self.handle_health_check,
             "config_update": self.handle_config_update,
             "restart": self.handle_restart,
@@ -122,10 +95,8 @@ class APINeuron:
             "pause": self.handle_pause,
             "resume": self.handle_resume,
             "run_task": self.handle_run_task,
-        }
+        })
         self._built_in_commands = frozenset(self.handlers)
-        self._executor: str | Executor = executor or self.config.executor
-        self._engine: Engine | None = None
         self.desk = CommandDesk(self, self.journal, self.tasks, self.engine)
         self.paused = False
         self.registered = threading.Event()
@@ -135,23 +106,22 @@ class APINeuron:
         self._stopping = threading.Event()
         self._running = False
         self._stop_guard = threading.Lock()
-        self._problems = RecentProblems(self.names)
+        self.problems = RecentProblems(self.names)
         self._throttle = Throttle()
         self._refused_reports = Throttle(3600)
         self._not_before: dict[str, float] = {}
-        self._last_call: dict[str, str] = {}
-        self._outage_since: float | None = None
+        self.last_call: dict[str, str] = {}
+        self.outage_since: float | None = None
         self._failures_in_a_row = 0
-        self._conflicts = 0
+        self.conflicts = 0
         self._heartbeats = 0
         self._loop_restarts: list[float] = []
-        self._errors_told_until = 0.0
+        self._problems_told_until = 0.0
         self._flap = 0
         self._started_at = time.monotonic()
-        self._endpoints_failure = ""
+        self.endpoints_failure = ""
         self._deadline: float | None = None
-        self._register_builtin_tasks()
-        _neurons.add(self)
+        add_builtin_tasks(self)
 
     def _new_transport(self) -> Transport:
         config = self.config
@@ -197,7 +167,7 @@ class APINeuron:
         except BaseException:
             self.journal.close()
             raise
-        logger.addHandler(self._problems)
+        logger.addHandler(self.problems)
         self._running = True
         self.logger.info(
             "neuron started; federation %s, endpoints %s", self.config.federation_url, self.address() or "none",
@@ -253,7 +223,7 @@ class APINeuron:
             if remaining:
                 self.logger.warning("did not end in time: %s", ", ".join(sorted(set(remaining))))
             self.logger.info("stopped")
-            logger.removeHandler(self._problems)
+            logger.removeHandler(self.problems)
             self.journal.close()
             self.transport.close()
             self._running = False
@@ -261,7 +231,7 @@ class APINeuron:
     def _say_goodbye(self) -> None:
         """The last totals, outcomes, report and heartbeat: each tried once, none of them in the way of the end."""
         last: list[Callable[[], object]] = [self._save_day_durably]
-        if self.registered.is_set() and self._outage_since is None:
+        if self.registered.is_set() and self.outage_since is None:
             last += [self.desk.deliver_last, self.report_analytics, lambda: self.send_heartbeat("inactive")]
         for step in last:
             try:
@@ -340,12 +310,12 @@ class APINeuron:
         return min(self.config.request_timeout, max(0.2, (self._deadline - time.monotonic()) / 3))
 
     def _call_failed(self, endpoint: str, error: FederationError) -> None:
-        self._last_call[endpoint] = f"{iso_utc(self.now())} {error.reason}"
+        self.last_call[endpoint] = f"{iso_utc(self.now())} {error.reason}"
         if not isinstance(error, Retryable) or isinstance(error, IdentityConflict):
             return
         self._failures_in_a_row += 1
-        if error.status is None and self._outage_since is None:
-            self._outage_since = time.monotonic()
+        if error.status is None and self.outage_since is None:
+            self.outage_since = time.monotonic()
         held = self._throttle.ready("outage")
         if held is not None:
             self.logger.warning(
@@ -355,10 +325,10 @@ class APINeuron:
             )
 
     def _call_succeeded(self, endpoint: str) -> None:
-        self._last_call[endpoint] = f"{iso_utc(self.now())} ok"
+        self.last_call[endpoint] = f"{iso_utc(self.now())} ok"
         self._failures_in_a_row = 0
-        if self._outage_since is not None:
-            seconds, self._outage_since = time.monotonic() - self._outage_since, None
+        if self.outage_since is not None:
+            seconds, self.outage_since = time.monotonic() - self.outage_since, None
             self.logger.info("the federation answers again after %.0f s", seconds)
             for loop in ("heartbeat", "commands", "analytics"):
                 if loop in self.loops and threading.current_thread() is not self.loops[loop]:
@@ -393,7 +363,7 @@ class APINeuron:
             raise
         data = answer.data if isinstance(answer.data, dict) else {}
         self.credentials.accept(data.get("token"))
-        self._conflicts = 0
+        self.conflicts = 0
         self._identity_changed()
         self.registered.set()
         self.logger.info("registered as %s", self.neuron_id)
@@ -405,15 +375,15 @@ class APINeuron:
     def _conflict(self, error: FederationError) -> IdentityConflict:
         """The federation knows the id and gives no token for it: go on as the operator allowed, or wait and say so."""
         identity = self.credentials.identity
-        self._conflicts += 1
-        wait = min(3600.0, 60.0 * 2 ** min(self._conflicts - 1, 6))
+        self.conflicts += 1
+        wait = min(3600.0, 60.0 * 2 ** min(self.conflicts - 1, 6))
         own_choice = identity.generated and not identity.confirmed
         if own_choice or self.config.on_identity_conflict == "new-id":
             # A first answer that got lost leaves an id behind that nobody can claim; it was our own invention.
             fresh = self.credentials.take_fresh_id()
             self._identity_changed()
             self.logger.warning("the federation has %s already; going on as %s", identity.neuron_id, fresh)
-            wait = 0.0 if self._conflicts == 1 else wait
+            wait = 0.0 if self.conflicts == 1 else wait
         else:
             self.logger.error(
                 "the federation knows %s and issues no second token for it (%s). Restore its state_dir, supply "
@@ -446,7 +416,10 @@ class APINeuron:
 
     def send_heartbeat(self, status: str | None = None) -> None:
         """One heartbeat. Raises FederationError; a beat that fails is gone, the next one says the same newer."""
-        body = self._heartbeat_body(status)
+        since, self._problems_told_until = self._problems_told_until, time.time()
+        sample = self.sampler.sample()
+        self.averages.add(sample)
+        body = heartbeat(self, sample, status, since)
         data = self._call(
             "heartbeat", lambda: self._authorized("heartbeat", "POST", "/heartbeat", body),
             tries=1 if self._stopping.is_set() else 3,
@@ -478,7 +451,7 @@ class APINeuron:
         for day, report in self.journal.queued_reports():
             self._send_report(day, report)
             self.journal.report_settled(day)
-        body = self._analytics_body()
+        body = self.day_report()
         self._send_report(body["date"], body)
 
     def _send_report(self, day: str, body: dict[str, Any]) -> None:
@@ -491,49 +464,8 @@ class APINeuron:
 
     # -- what it sends -------------------------------------------------------------------------------------------
 
-    def _heartbeat_body(self, status: str | None) -> dict[str, Any]:
-        sample = self.sampler.sample()
-        self.averages.add(sample)
-        snapshot = self.statistics.snapshot()
-        health = self._assess()
-        since, self._errors_told_until = self._errors_told_until, time.time()
-        errors = self._problems.lines(40, 50, since)
-        body: dict[str, Any] = {
-            "status": status or self._status_word(health),
-            "healthScore": max(1, min(100, health.score)),
-            "uptime": reports.int4(self.uptime()),
-            "processId": str(os.getpid()),
-            "hostInfo": {
-                "hostname": socket.gethostname(),
-                "platform": sys.platform,
-                "python": sys.version.split()[0],
-                "cpus": os.cpu_count() or 1,
-            },
-            "systemMetrics": system_metrics(sample),
-            "applicationMetrics": application_metrics(snapshot, len(self.desk.running())),
-            "dependencyStatus": {
-                name: state.to_dict() for name, state in self.dependencies.check_all().items()
-            },
-            "performanceMetrics": {
-                "healthReasons": health.reasons,
-                "runningCommands": self.desk.running(),
-                "customMetrics": self.metrics.export(),
-                "dataProcessed": snapshot.data_processed,
-                "cpuSeconds": sample.cpu_seconds,
-                "stalledLoops": [name for name, loop in self.loops.items() if loop.stalled()],
-            },
-            "warningsLog": self._problems.lines(30, 39, since),
-            "configVersion": self.config.digest(),
-            "buildVersion": f"{self.config.version}+neuron.{__version__}"[:100],
-        }
-        if errors:
-            body["errorLog"] = "\n".join(errors)[:4000]
-        return reports.fitted(
-            _without_none(reports.plain(body)), ("warningsLog", "performanceMetrics", "dependencyStatus")
-        )
-
-    def _analytics_body(self, day: dict[str, Any] | None = None) -> dict[str, Any]:
-        """The report of the present day, or of an ended one from its stored totals."""
+    def day_report(self, day: dict[str, Any] | None = None) -> dict[str, Any]:
+        """The body of POST /analytics/report for the present day, or of an ended one from its stored totals."""
         snapshot = self.statistics.snapshot()
         if day is not None:
             ended = RequestStatistics(lambda: _epoch_of(day["day"]))
@@ -556,17 +488,10 @@ class APINeuron:
     def _close_ended_days(self) -> None:
         """Days that are over become queued reports, those of a former process included."""
         for totals in self.statistics.closed_days():
-            self.journal.queue_report(totals["day"], totals, self._analytics_body(totals))
+            self.journal.queue_report(totals["day"], totals, self.day_report(totals))
             self.statistics.forget_day(totals["day"])
         for day, totals in self.journal.open_days(self.statistics.snapshot().day):
-            self.journal.queue_report(day, totals, self._analytics_body(totals))
-
-    def _status_word(self, health: Health) -> str:
-        if not self.registered.is_set():
-            return "starting"
-        if self.paused:
-            return "maintenance"
-        return "error" if health.status == "unhealthy" else "active"
+            self.journal.queue_report(day, totals, self.day_report(totals))
 
     # -- the loops' ticks ----------------------------------------------------------------------------------------
 
@@ -676,42 +601,13 @@ class APINeuron:
 
     # -- health and status ---------------------------------------------------------------------------------------
 
-    def _assess(self) -> Health:
-        """The score with its reasons, from a fresh sample and cached dependency checks."""
-        extra = []
-        if self.journal.failure is not None:
-            extra.append(Reason("journal", "critical", 30, f"the journal cannot be written: {self.journal.failure}"))
-        if self._endpoints_failure:
-            extra.append(Reason("endpoints", "warning", 10, self._endpoints_failure))
-        if self._conflicts:
-            extra.append(Reason("identity", "critical", 30, "the federation issues no token for this id"))
-        if given_up := self.desk.given_up():
-            extra.append(Reason("tasks", "warning", 5, f"{given_up} tasks run on past their time limit"))
-        if self.config.executor.startswith("dask"):
-            try:
-                self.engine().ready()
-            except EngineUnavailable as error:
-                extra.append(Reason("executor", "warning", 20, str(error)))
-        good, reasons = self.live()
-        extra += [Reason("loop", "critical", 60, reason, fatal=True) for reason in reasons if not good]
-        health = assess(
-            self.sampler.sample(), self.statistics.snapshot(), self.dependencies.check_all(),
-            self.config.alert_thresholds, extra,
-        )
-        self.alerts.update(health)
-        return health
-
     def health(self) -> dict[str, Any]:
-        """What `GET /health` answers: status, score, reasons, dependencies."""
-        health = self._assess()
-        return {
-            "status": health.status,
-            "healthScore": health.score,
-            "reasons": health.reasons,
-            "dependencies": {name: state.to_dict() for name, state in self.dependencies.check_all().items()},
-            "neuronId": self.neuron_id,
-            "timestamp": iso_utc(time.time()),
-        }
+        """What `GET /health` answers: status, healthScore, reasons, dependencies."""
+        return health_report(self)
+
+    def status(self) -> dict[str, Any]:
+        """What a person debugging asks first; `GET /status`. No secret is in it."""
+        return status_report(self)
 
     def live(self) -> tuple[bool, list[str]]:
         """Whether the process is worth keeping. It never depends on the federation."""
@@ -730,61 +626,6 @@ class APINeuron:
         if not self._running or self._stopping.is_set():
             reasons.append("stopping")
         return not reasons, reasons
-
-    def status(self) -> dict[str, Any]:
-        """What a person debugging asks first; `GET /status`. No secret is in it."""
-        snapshot = self.statistics.snapshot()
-        sample = self.sampler.sample()
-        health = self._assess()
-        expires = self.credentials.expires_in()
-        try:
-            commands: dict[str, Any] = {"counts": self.journal.counts(), "recent": self.journal.recent()}
-        except JournalUnavailable as error:
-            commands = {"error": str(error)}
-        status = {
-            "neuronId": self.neuron_id,
-            "name": self.config.name,
-            "type": self.config.type,
-            "version": self.config.version,
-            "status": self._status_word(health),
-            "uptime": int(self.uptime()),
-            "pid": os.getpid(),
-            "federation": {
-                "url": self.config.federation_url,
-                "registered": self.registered.is_set(),
-                "reachable": self._outage_since is None,
-                "outageSeconds": None if self._outage_since is None else int(time.monotonic() - self._outage_since),
-                "tokenExpiresInSeconds": None if expires is None else int(expires),
-                "clockOffsetSeconds": round(self.transport.clock.offset, 1),
-                "lastCalls": dict(self._last_call),
-            },
-            "health": {"status": health.status, "healthScore": health.score, "reasons": health.reasons},
-            "alerts": self.alerts.active(),
-            "dependencies": {name: state.to_dict() for name, state in self.dependencies.check_all().items()},
-            "requests": application_metrics(snapshot, len(self.desk.running())),
-            "system": system_metrics(sample),
-            "commands": {"running": self.desk.running(), "supported": sorted(self.handlers), **commands},
-            "tasks": self.tasks.names(),
-            "loops": {
-                name: {"alive": loop.is_alive(), "stalled": loop.stalled(), "errors": loop.errors}
-                for name, loop in self.loops.items()
-            },
-            "journal": {
-                "path": str(self.journal.path),
-                "bytes": self.journal.size(),
-                "failure": self.journal.failure,
-                "setAside": self.journal.set_aside_files,
-            },
-            "log": {
-                "lostLines": lost_lines(),
-                "errors": self._problems.lines(40, 50),
-                "warnings": self._problems.lines(30, 39),
-            },
-            "customMetrics": self.metrics.export(),
-            "configVersion": self.config.digest(),
-            "config": self.config.public(),
-        }
-        return dict(redactor.value(reports.plain(status)))
 
     def uptime(self) -> float:
         """Seconds since `start()`."""
@@ -897,220 +738,21 @@ class APINeuron:
         """
         return profile(data)
 
-    def _register_builtin_tasks(self) -> None:
-        for name, function, idempotent in (
-            ("data_processing", self._data_processing, True),
-            ("batch_processing", self._batch_processing, True),
-            ("report_generation", self._report_generation, True),
-            ("cleanup", self._cleanup, True),
-        ):
-            self.tasks.add(name, function, idempotent=idempotent, builtin=True)
-
-    def _data_processing(self, records: list[Any] | None = None, file: str | None = None) -> Any:
-        if (records is None) == (file is None):
-            raise Rejected("data_processing wants either `records`, a list, or `file`, a name below data_dir")
-        return self.process_data(records if file is None else read_records(self._allowed_file(file)))
-
-    def _batch_processing(self, batches: list[dict[str, Any]], context: TaskContext) -> Any:
-        results = []
-        for number, batch in enumerate(batches):
-            context.check_cancelled()
-            unknown = set(batch) - {"records", "file"}
-            if unknown:
-                raise Rejected(f"batches[{number}]: unknown {', '.join(sorted(unknown))}; give `records` or `file`")
-            results.append(self._data_processing(batch.get("records"), batch.get("file")))
-            context.progress((number + 1) / len(batches), f"batch {number + 1}/{len(batches)}")
-        return {"batches": results}
-
-    def _allowed_file(self, name: str) -> Path:
-        if not self.config.data_dir:
-            raise Rejected("files are not read here: data_dir is not set")
-        root = Path(self.config.data_dir).resolve()
-        try:
-            path = (root / name).resolve(strict=True)
-        except (OSError, ValueError, RuntimeError):
-            raise Rejected(f"there is no file {name!r} in data_dir") from None
-        if not path.is_relative_to(root) or not path.is_file():
-            raise Rejected(f"there is no file {name!r} in data_dir")
-        return path
-
-    def _report_generation(self) -> Any:
-        """The neuron's own day, as data and as Markdown."""
-        report = self._analytics_body()
-        lines = [f"# {self.config.name} on {report['date']}", "", "| figure | value |", "| --- | --- |"]
-        lines += [f"| {name} | {value} |" for name, value in report.items() if isinstance(value, int)]
-        return {"report": report, "markdown": "\n".join(lines) + "\n"}
-
-    def _cleanup(self) -> Any:
-        freed = self.journal.compact()
-        return {"removedRows": freed["rows"], "removedFiles": freed["files"], "freedBytes": freed["bytes"]}
-
-    # -- what adopters register ----------------------------------------------------------------------------------
-
-    def engine(self) -> Engine:
-        """Where tasks run, opened when the first one needs it."""
-        if self._engine is None:
-            self._engine = open_engine(self._executor)
-        return self._engine
-
-    def task(
-        self,
-        name: str,
-        *,
-        timeout: float | None = None,
-        idempotent: bool = False,
-        retries: int = 0,
-        replace: bool = False,
-    ) -> Callable[[F], F]:
-        """Register a task: a plain function whose parameters are the keys of `params`, or `params` itself.
-
-        `idempotent`: it may run again when a process died under it; `retries`: and after it failed. Raises
-        DefinitionError, naming the line, for what could not work.
-        """
-
-        def register(function: F) -> F:
-            self.tasks.add(
-                name, function, timeout=timeout, idempotent=idempotent, retries=retries, replace=replace,
-                importable=isinstance(self._executor, str) and self.engine().importable,
-            )
-            return function
-
-        return register
-
-    def command(self, name: str, *, idempotent: bool = False) -> Callable[[F], F]:
-        """Register a command type of your own: `function(data)` with the commandData; its return is the result."""
-
-        def register(function: F) -> F:
-            place = place_of(function)
-            check_name(name, "command", place)
-            if name in self.handlers:
-                kind = "built in; override its handle_ method in a subclass" if name in self._built_in_commands else (
-                    "registered already"
-                )
-                raise DefinitionError(f"{place}: command {name!r} is {kind}")
-            if not callable(function):
-                raise DefinitionError(f"command {name!r}: {function!r} is not a function")
-            self.handlers[name] = lambda entry: function(entry.data)
-            if idempotent:
-                self.desk.idempotent_commands.add(name)
-            return function
-
-        return register
-
-    def dependency(
-        self, name: str, *, critical: bool = True, timeout: float = 2.0, every: float = 30.0
-    ) -> Callable[[F], F]:
-        """Register a check: a function that returns (healthy), returns `degraded("why")`, or raises (unhealthy)."""
-
-        def register(function: F) -> F:
-            place = place_of(function)
-            check_name(name, "dependency", place)
-            if not callable(function):
-                raise DefinitionError(f"dependency {name!r}: {function!r} is not a function")
-            if not 0 < timeout <= 60 or not 0 < every <= 86_400:
-                raise DefinitionError(f"{place}: dependency {name!r}: timeout is 0 to 60 s, every 0 to 86400 s")
-            try:
-                self.dependencies.add(Dependency(name, function, critical, timeout, every))
-            except ValueError as error:
-                raise DefinitionError(f"{place}: {error}") from None
-            return function
-
-        return register
-
-    def endpoint(self, method: str, path: str) -> Callable[[F], F]:
-        """Register a route: `function(data)` with the posted object or records, or the query of a GET."""
-
-        def register(function: F) -> F:
-            route = check_route(method, path, function, self.routes)
-            self.routes.append(route)
-            if self.endpoints is not None:
-                self.endpoints.add(route)
-            return function
-
-        return register
-
-    # -- hooks for the host --------------------------------------------------------------------------------------
-
-    def track_request(self) -> Tracked:
-        """`with neuron.track_request():` measures its block; an exception in it counts as failed and goes on."""
-        return Tracked(self.statistics)
-
-    def request(self, method: str, url: str, **options: Any) -> requests.Response:
-        """`requests.request` that counts itself: 5xx and exceptions as failed. Without `timeout`, 30 s."""
-        started = time.perf_counter()
-        success = False
-        options.setdefault("timeout", 30)
-        try:
-            response = requests.request(method, url, **options)  # noqa: S113 - set above
-            success = response.status_code < 500
-            return response
-        finally:
-            self.simple_request(success, (time.perf_counter() - started) * 1000)
-
-    def metric(self, name: str) -> Metric:
-        """A figure of your own, reported under customMetrics: `.add(n)` or `.set(value)`."""
-        return self.metrics.metric(name)
-
-    def event(self, name: str, /, **data: Any) -> None:
-        """Something that happened, reported under events; the last hundred are kept."""
-        self.events.event(name, **data)
-
     # -- forks ---------------------------------------------------------------------------------------------------
 
-    def _after_fork_in_child(self) -> None:
+    def after_fork_in_child(self) -> None:
         """A forked copy has no threads and must not beat for its parent; it may `start()` as a neuron of its own."""
+        super().after_fork_in_child()
         self._running = False
         self.loops = {}
-        self.endpoints = None
-        self._engine = None
         self.registered = threading.Event()
         self._stopping = threading.Event()
         self._stop_guard = threading.Lock()
         self._throttle, self._refused_reports = Throttle(), Throttle(3600)
         self.transport = self._new_transport()
         self.credentials = Credentials(self.config, self.transport.clock, self.logger)
-        self.statistics.after_fork_in_child()
-        self.metrics.after_fork_in_child()
-        self.dependencies.after_fork_in_child()
         self.journal.after_fork_in_child()
         self.desk = CommandDesk(self, self.journal, self.tasks, self.engine)
-
-
-class Tracked:
-    """Measures a block. A class and not a generator: it costs a third, and leaves the host's traceback as it is."""
-
-    __slots__ = ("_started", "_statistics")
-
-    def __init__(self, statistics: RequestStatistics) -> None:
-        self._statistics = statistics
-        self._started = 0.0
-
-    def __enter__(self) -> Tracked:
-        self._started = time.perf_counter()
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        self._statistics.record(kind is None, (time.perf_counter() - self._started) * 1000)
-
-
-_neurons: weakref.WeakSet[APINeuron] = weakref.WeakSet()
-
-
-def _forked() -> None:
-    for neuron in list(_neurons):
-        neuron._after_fork_in_child()
-
-
-os.register_at_fork(after_in_child=_forked)
-
-
-def _without_none(body: dict[str, Any]) -> dict[str, Any]:
-    """The federation refuses some nulls; an absent key says the same."""
-    return {
-        key: _without_none(value) if isinstance(value, dict) else value
-        for key, value in body.items()
-        if value is not None
-    }
 
 
 def _epoch_of(day: str) -> float:

@@ -31,10 +31,10 @@ from neuron.errors import (
     ServerFault,
     WorkerLost,
 )
-from neuron.executors import Call, Engine, call_of
+from neuron.executors import Call, DaemonThreads, Engine, ExecutorEngine, call_of
 from neuron.journal import MAX_UNDELIVERED, Entry, Journal, digest_of
 from neuron.logs import NeuronLogger
-from neuron.tasks import Run, TaskRegistry
+from neuron.tasks import Run, Task, TaskRegistry
 from neuron.transport import jittered
 
 CONTROL = frozenset({"health_check", "config_update", "restart", "stop", "cancel_task", "pause", "resume"})
@@ -55,6 +55,7 @@ class Neuron(Protocol):
 
     config: NeuronConfig
     handlers: dict[str, Handler]
+    idempotent_commands: set[str]
     paused: bool
     logger: NeuronLogger
 
@@ -76,6 +77,8 @@ class CommandDesk:
         self._journal = journal
         self._tasks = tasks
         self._engine = engine
+        # The built-in tasks work on the neuron itself, so they stay with it whatever the executor.
+        self._own_engine = ExecutorEngine(DaemonThreads())
         self._guard = threading.Lock()
         self._looking = threading.Lock()
         self._recovered = False
@@ -86,7 +89,6 @@ class CommandDesk:
         self._abandoned: dict[str, Future[Any]] = {}
         self._runs: dict[str, Run] = {}
         self._slots: set[str] = set()
-        self.idempotent_commands: set[str] = set()
         self.afterwards: list[Callable[[], None]] = []
         self.worked_at = float("-inf")
 
@@ -144,7 +146,7 @@ class CommandDesk:
 
     def _may_run_again(self, entry: Entry) -> bool:
         if entry.type != "run_task":
-            return entry.type in self.idempotent_commands
+            return entry.type in self._neuron.idempotent_commands
         try:
             return self._tasks.get(task_name(entry.data)).idempotent
         except Rejected:
@@ -153,7 +155,7 @@ class CommandDesk:
     def _go_on(self) -> bool:
         worked = False
         for entry in list(self._backlog.values()):
-            if self._stopping or not self._may_begin(entry.type):
+            if self._stopping or not self._may_begin(entry.type, entry.data):
                 continue
             worked = self._begin(entry) or worked
         return worked
@@ -165,7 +167,7 @@ class CommandDesk:
             self._neuron.logger.warning("a pending command is no command (%s); left alone", parsed)
             return False
         command_id, kind, data, priority, timeout_at = parsed
-        if self._stopping or command_id in self._runs or not self._may_begin(kind):
+        if self._stopping or command_id in self._runs or not self._may_begin(kind, data):
             return False
         entry, new = self._journal.receive(command_id, kind, data, priority=priority, timeout_at=timeout_at)
         if entry.digest != digest_of(kind, data):
@@ -182,17 +184,22 @@ class CommandDesk:
             )
         return self._begin(entry)
 
-    def _may_begin(self, kind: str) -> bool:
+    def _may_begin(self, kind: str, data: Any) -> bool:
         if kind in CONTROL or kind not in self._neuron.handlers:
             return True
         if self._neuron.paused or len(self._slots) >= self._neuron.config.max_concurrent_tasks:
             return False
         if kind == "run_task":
             try:
-                self._engine().ready()
+                self._engine_for(self._tasks.get(task_name(data))).ready()
             except EngineUnavailable:
                 return False
+            except Rejected:
+                return True
         return True
+
+    def _engine_for(self, task: Task) -> Engine:
+        return self._own_engine if task.builtin else self._engine()
 
     def _refuse_reused_id(self, entry: Entry, kind: str, data: Any) -> bool:
         if entry.state not in ("reported", "aside"):
@@ -331,7 +338,7 @@ class CommandDesk:
         while True:
             call = call_of(task, arguments, entry.command_id, run.attempt, timeout)
             try:
-                return self._one_run(call, run, timeout)
+                return self._one_run(self._engine_for(task), call, run, timeout)
             except WorkerLost:
                 if lost or not task.idempotent or self._stopping:
                     raise
@@ -347,9 +354,9 @@ class CommandDesk:
                     raise Cancelled(run.cancel_reason) from None
             run.attempt += 1
 
-    def _one_run(self, call: Call, run: Run, timeout: float) -> Any:
+    def _one_run(self, engine: Engine, call: Call, run: Run, timeout: float) -> Any:
         run.changed.clear()
-        handle = self._engine().start(call, run, self._neuron.logger)
+        handle = engine.start(call, run, self._neuron.logger)
         handle.future.add_done_callback(lambda _: run.changed.set())
         deadline = time.monotonic() + timeout
         told = False

@@ -91,6 +91,7 @@ class Task:
     parameters: Mapping[str, Any]
     required: frozenset[str]
     open_ended: bool
+    builtin: bool = False
 
     def arguments(self, params: Any) -> dict[str, Any]:
         """Keyword arguments for the function. Raises Rejected naming every fault of `params`."""
@@ -152,6 +153,7 @@ class TaskRegistry:
                 "top level of a module"
             )
         task = _described(name, function, timeout, idempotent, retries, place)
+        task = dataclasses.replace(task, builtin=builtin)
         self._tasks[name] = task
         if builtin:
             self._builtin.add(name)
