@@ -31,6 +31,7 @@ from neuron.credentials import Credentials
 from neuron.data_profile import profile
 from neuron.endpoints import Endpoints
 from neuron.errors import (
+    BadAnswer,
     ConfigError,
     FederationError,
     IdentityConflict,
@@ -161,9 +162,7 @@ class APINeuron(Extensions):
             self.credentials.load()
             self._identity_changed()
             self._restore()
-            if self.config.host:
-                self.endpoints = Endpoints(self, self.routes)
-                self.endpoints.start()
+            self._serve()
         except BaseException:
             self.journal.close()
             raise
@@ -180,6 +179,22 @@ class APINeuron(Extensions):
             )
         for name in ("heartbeat", "commands", "analytics", "statistics"):
             self._start_loop(name)
+
+    def _serve(self) -> None:
+        self.endpoints_failure = ""
+        if not self.config.host:
+            return
+        endpoints = Endpoints(self, self.routes)
+        try:
+            endpoints.start()
+        except OSError as error:
+            if self.restart_process is not None:
+                raise
+            # Beside a host's own work the endpoints are the lesser part; /health is not there to say so.
+            self.endpoints_failure = f"the endpoints cannot listen on {self.config.host}:{self.config.port}: {error}"
+            self.logger.error("%s; going on without them", self.endpoints_failure)
+            return
+        self.endpoints = endpoints
 
     def _start_loop(self, name: str) -> None:
         tick, interval = {
@@ -431,7 +446,9 @@ class APINeuron(Extensions):
     def fetch_commands(self) -> list[Any]:
         """The pending commands as the federation lists them. Raises FederationError."""
         data = self._call("commands", lambda: self._authorized("commands", "GET", "/commands/pending"))
-        return data if isinstance(data, list) else []
+        if not isinstance(data, list):
+            raise BadAnswer("commands", "the pending commands are no list")
+        return data
 
     def acknowledge(self, command_id: str) -> None:
         """Raises FederationError."""
@@ -514,6 +531,7 @@ class APINeuron(Extensions):
                     return min(5.0, self.config.heartbeat_interval)
                 except FederationError:
                     return None
+        self.credentials.save_again()
         with contextlib.suppress(FederationError):
             # Said already, once for the whole outage.
             self.send_heartbeat()

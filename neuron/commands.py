@@ -175,7 +175,8 @@ class CommandDesk:
         if entry.state == "reported":
             self._journal.deliver_again(entry)
             self._deliverable = True
-            return True
+            # Not counted as work: a list that names it for ever must not make us ask without a pause.
+            return False
         if entry.state not in ("received", "acknowledged"):
             return False
         if new:
@@ -213,7 +214,7 @@ class CommandDesk:
             entry.command_id, kind, data, reports.completion("rejected", error=error)
         )
         self._deliverable = True
-        return True
+        return False
 
     def _begin(self, entry: Entry) -> bool:
         """Acknowledge, then run: at once for a control command, in a slot of its own for others."""

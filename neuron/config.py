@@ -140,6 +140,7 @@ class NeuronConfig:
 
 FIELDS: dict[str, dataclasses.Field[Any]] = {item.name: item for item in fields(NeuronConfig)}
 REMOTE = tuple(name for name, item in FIELDS.items() if item.metadata["remote"])
+SECRET_VARIABLES = tuple(f"NEURON_{name.upper()}" for name, item in FIELDS.items() if item.metadata["secret"])
 _TYPES = typing.get_type_hints(NeuronConfig)
 _ALIASES = {
     "FEDERATION_URL": "federation_url",
@@ -212,6 +213,11 @@ def load(
             faults.append(f"--set {assignment}: write it as field=value")
         elif name not in FIELDS:
             faults.append(f"--set {name}: unknown setting{_nearest(name, FIELDS)}")
+        elif FIELDS[name].metadata["secret"]:
+            faults.append(
+                f"--set {name}: everybody on the machine can read a command line; use NEURON_{name.upper()}_FILE, "
+                f"NEURON_{name.upper()} or the file"
+            )
         else:
             take(name, value, "--set", text=True)
 
@@ -262,7 +268,7 @@ def _coerced(item: dataclasses.Field[Any], value: Any) -> Any:
     kind = _TYPES[item.name]
     if kind is str:
         if not isinstance(value, str):
-            raise ValueError(f"{value!r} is not text")
+            raise ValueError(f"{MASK if item.metadata['secret'] else repr(value)} is not text")
         return _checked_text(item, value)
     if kind in (int, float):
         if isinstance(value, bool) or not isinstance(value, (int, float)):

@@ -62,6 +62,7 @@ class Credentials:
         self.renewing = threading.Lock()
         self._renewals_in_a_row = 0
         self._last_renewal: float | None = None
+        self._unsaved = False
         self.identity = Identity("", config.neuron_id, True)
 
     @property
@@ -165,6 +166,7 @@ class Credentials:
             except OSError as error:
                 raise JournalUnavailable(f"{self._path} cannot be written: {error.strerror or error}") from None
             self.identity = identity
+            self._unsaved = False
 
     def accept(self, token: Any) -> None:
         """Store a token that registration returned. Raises BadAnswer where it is none, or another neuron's."""
@@ -180,7 +182,22 @@ class Credentials:
                 raise ValueError("its token has expired already")
         except ValueError as error:
             raise BadAnswer("register", f"the answer cannot be used: {error}") from None
-        self.save(dataclasses.replace(self.identity, token=token, confirmed=True))
+        identity = dataclasses.replace(self.identity, token=token, confirmed=True)
+        try:
+            self.save(identity)
+        except JournalUnavailable as error:
+            # The federation will not issue it again: use it, and write it down as soon as that is possible.
+            self._logger.error("the token could not be stored (%s); it is kept in memory until it can", error)
+            self.identity = identity
+            self._unsaved = True
+
+    def save_again(self) -> None:
+        """Store a token that could not be stored when it came."""
+        if self._unsaved:
+            try:
+                self.save(self.identity)
+            except JournalUnavailable as error:
+                self._logger.debug("the token is still in memory alone: %s", error)
 
     def take_fresh_id(self) -> str:
         """Go on under a new id, made from the present one's stem. Durable before it is used."""

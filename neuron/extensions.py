@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 import weakref
 from collections.abc import Callable
@@ -49,14 +50,16 @@ class Extensions:
         self.events = Events(now)
         self._executor: str | Executor = executor or config.executor
         self._engine: Engine | None = None
+        self._engine_guard = threading.Lock()
         self._built_in_commands: frozenset[str] = frozenset()
         _all.add(self)
 
     def engine(self) -> Engine:
         """Where tasks run, opened when the first one needs it."""
-        if self._engine is None:
-            self._engine = open_engine(self._executor)
-        return self._engine
+        with self._engine_guard:
+            if self._engine is None:
+                self._engine = open_engine(self._executor)
+            return self._engine
 
     def task(
         self,
@@ -166,6 +169,7 @@ class Extensions:
         """A forked copy has none of the threads and may hold locks of theirs."""
         self.endpoints = None
         self._engine = None
+        self._engine_guard = threading.Lock()
         self.statistics.after_fork_in_child()
         self.metrics.after_fork_in_child()
         self.dependencies.after_fork_in_child()

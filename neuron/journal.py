@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 from neuron.errors import JournalError, JournalLocked, JournalUnavailable
 from neuron.logs import NeuronLogger
+from neuron.telemetry import iso_utc
 
 T = TypeVar("T")
 
@@ -225,6 +226,8 @@ class Journal:
         try:
             self.directory.mkdir(mode=0o700, parents=True)
         except FileExistsError:
+            if not self.directory.is_dir():
+                raise JournalError(f"state_dir {self.directory} is a file; name a directory") from None
             self._tighten_directory()
         except PermissionError as error:
             raise JournalError(f"state_dir {self.directory}: {error.strerror}; give this user the directory") from None
@@ -417,7 +420,7 @@ class Journal:
         """The latest commands for `/status`, without their data."""
         return self._run(
             lambda connection: [
-                {"commandId": row[0], "type": row[1], "state": row[2], "outcome": row[3], "changedAt": row[4]}
+                {"commandId": row[0], "type": row[1], "state": row[2], "outcome": row[3], "changedAt": iso_utc(row[4])}
                 for row in connection.execute(
                     "SELECT command_id, type, state, outcome, changed_at FROM commands "
                     "ORDER BY changed_at DESC LIMIT ?", (limit,),

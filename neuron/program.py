@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from neuron.config import NeuronConfig, Settings, explained, load
+from neuron.config import SECRET_VARIABLES, NeuronConfig, Settings, explained, load
 from neuron.errors import ConfigError, DefinitionError, JournalError, JournalLocked
 from neuron.logs import configure, logger
 from neuron.periodic import signal_queue
@@ -71,6 +71,10 @@ def run(build: Callable[[NeuronConfig], Program], arguments: Sequence[str] | Non
     if options.print_config:
         print(explained(settings))
         return 0
+    # What we start has no business with our secrets; only the next of ourselves gets them back.
+    environment = dict(os.environ)
+    for name in SECRET_VARIABLES:
+        os.environ.pop(name, None)
     configure(settings.config.log_level, settings.config.log_format)
     _allow_open_files()
     for warning in settings.warnings:
@@ -78,14 +82,19 @@ def run(build: Callable[[NeuronConfig], Program], arguments: Sequence[str] | Non
     try:
         if local is not None:
             local.start(settings)
-        return _run(build, settings.config, local)
+        return _run(build, settings.config, local, environment)
     finally:
         if local is not None:
             local.stop()
         _flush()
 
 
-def _run(build: Callable[[NeuronConfig], Program], config: NeuronConfig, local: _LocalFederation | None) -> int:
+def _run(
+    build: Callable[[NeuronConfig], Program],
+    config: NeuronConfig,
+    local: _LocalFederation | None,
+    environment: dict[str, str],
+) -> int:
     wishes: queue.SimpleQueue[Any] = signal_queue(signal.SIGTERM, signal.SIGINT)
     try:
         neuron = build(config)
@@ -120,7 +129,7 @@ def _run(build: Callable[[NeuronConfig], Program], config: NeuronConfig, local: 
         if local is not None:
             local.stop()
         _flush()
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
     return 0
 
 

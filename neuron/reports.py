@@ -45,7 +45,7 @@ def registration(
     }
     if address:
         body["baseUrl"] = address
-    return fitted(body, ("metadata", "apiEndpoints", "capabilities", "dependencies"))
+    return fitted(plain(body), ("metadata", "apiEndpoints", "capabilities", "dependencies"))
 
 
 def analytics(
@@ -106,16 +106,16 @@ def completion(
     if details:
         response.update(json.loads(json.dumps(details, default=str)))
     if result is not None:
-        size = len(json.dumps(result, allow_nan=False))
-        if size <= MAX_RESULT_BYTES:
-            response["result"] = result
+        text = json.dumps(result, allow_nan=False)
+        if len(text) <= MAX_RESULT_BYTES:
+            response["result"] = json.loads(text)
         else:
-            response["resultTruncated"] = f"{size} bytes are over {MAX_RESULT_BYTES}; this is the beginning"
-            response["result"] = json.dumps(result)[: MAX_RESULT_BYTES // 2]
-    body: dict[str, Any] = {"success": outcome == "succeeded", "response": response}
+            response["resultTruncated"] = f"{len(text)} bytes are over {MAX_RESULT_BYTES}; this is the beginning"
+            response["result"] = text[: MAX_RESULT_BYTES // 2]
+    body: dict[str, Any] = {"success": outcome == "succeeded", "response": plain(response)}
     if error:
-        body["errorMessage"] = error[:4000]
-    return body
+        body["errorMessage"] = plain(error[:4000])
+    return body if len(json.dumps(body)) <= MAX_REQUEST_BYTES else trimmed(body)
 
 
 def trimmed(body: dict[str, Any]) -> dict[str, Any]:
@@ -142,7 +142,8 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, str):
-        return value.encode("utf-8", "replace").decode()
+        # PostgreSQL's JSON takes neither half characters nor NUL.
+        return value.encode("utf-8", "replace").decode().replace("\0", "\N{REPLACEMENT CHARACTER}")
     if isinstance(value, Mapping):
         return {str(plain(str(key))): plain(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):

@@ -17,7 +17,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 from urllib.parse import urlsplit
@@ -34,6 +34,7 @@ from neuron.errors import BadAnswer, Refused, Retryable, ServerFault, Throttled,
 MAX_REQUEST_BYTES = 100_000  # the federation's own limit (body-parser's "100kb" is 102,400)
 MAX_ANSWER_BYTES = 4 << 20
 MAX_ANSWER_OBJECTS = 50_000  # 3 MB of "{}," would become 64 MB of dicts
+MAX_DEPTH = 100
 LONGEST_RETRY_AFTER = 3600.0
 BASE_PATH = "/api/api-neurons"
 
@@ -315,12 +316,25 @@ def decode(endpoint: str, content: bytes, status: int | None = None) -> Any:
     if content.count(b"{") + content.count(b"[") > MAX_ANSWER_OBJECTS:
         raise BadAnswer(endpoint, f"more than {MAX_ANSWER_OBJECTS} objects in one answer", status=status)
     try:
-        return json.loads(content.decode("utf-8-sig"), parse_constant=_refuse_constant, parse_float=_finite)
+        answer = json.loads(content.decode("utf-8-sig"), parse_constant=_refuse_constant, parse_float=_finite)
+        # What was read from a shallow stack may be too deep to be written from a deeper one.
+        if _deeper_than(answer, MAX_DEPTH):
+            raise RecursionError
     except RecursionError:
-        raise BadAnswer(endpoint, "JSON nested too deep", status=status) from None
+        raise BadAnswer(endpoint, f"JSON nested deeper than {MAX_DEPTH}", status=status) from None
     except ValueError as error:
         kind = "HTML" if content.lstrip()[:1] == b"<" else "an empty body" if not content.strip() else "no JSON"
         raise BadAnswer(endpoint, f"{status} with {kind}: {str(error)[:100]}", status=status) from None
+    return answer
+
+
+def _deeper_than(value: Any, levels: int) -> bool:
+    inner: Iterable[Any] = ()
+    if isinstance(value, dict):
+        inner = value.values()
+    elif isinstance(value, list):
+        inner = value
+    return levels < 0 or any(_deeper_than(entry, levels - 1) for entry in inner)
 
 
 def _read(endpoint: str, response: requests.Response) -> bytes:
