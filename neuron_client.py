@@ -263,6 +263,7 @@ class APINeuron(Extensions):
         try:
             changes = self.journal.setting("config_update") or {}
             totals = self.journal.day_totals(iso_utc(self.now())[:10])
+            self.paused = bool(self.journal.setting("paused"))
         except JournalUnavailable:
             return
         if changes:
@@ -732,14 +733,21 @@ class APINeuron(Extensions):
         return self.desk.run_task(command, task_name(command.data), task_params(command.data))
 
     def pause(self) -> None:
-        """Take no new work; go on beating, with status `maintenance`."""
-        self.paused = True
-        self.logger.info("paused: no new work is taken")
-        self._wake("heartbeat")
+        """Take no new work; go on beating, with status `maintenance`, also after a restart."""
+        self._set_paused(True)
 
     def resume(self) -> None:
-        self.paused = False
-        self.logger.info("resumed")
+        """Take work again."""
+        self._set_paused(False)
+
+    def _set_paused(self, paused: bool) -> None:
+        self.paused = paused
+        self.logger.info("paused: no new work is taken" if paused else "resumed")
+        try:
+            # Whoever paused it for maintenance does not expect a restart to undo that.
+            self.journal.set_setting("paused", paused)
+        except JournalUnavailable as error:
+            self.logger.warning("paused=%s will not outlive this process: %s", paused, error)
         self._wake("heartbeat", "commands")
 
     def _wake(self, *names: str) -> None:
