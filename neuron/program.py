@@ -70,6 +70,8 @@ def run(build: Callable[[NeuronConfig], Program], arguments: Sequence[str] | Non
         return EXIT_CONFIG
     if options.print_config:
         print(explained(settings))
+        for warning in settings.warnings:
+            print(f"neuron: {warning}", file=sys.stderr)
         return 0
     # What we start has no business with our secrets; only the next of ourselves gets them back.
     environment = dict(os.environ)
@@ -150,6 +152,8 @@ def _refuse(reason: object, code: int) -> int:
 
 def _flush() -> None:
     """A stdout that is gone must not turn the exit code into Python's 120."""
+    if sys.stdout is None:
+        return
     try:
         sys.stdout.flush()
     except OSError:
