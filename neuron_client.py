@@ -43,6 +43,7 @@ from neuron.errors import (
     ServerFault,
     Throttled,
     Unauthorized,
+    Unreachable,
 )
 from neuron.extensions import Extensions
 from neuron.health import (
@@ -122,6 +123,8 @@ class APINeuron(Extensions):
         self._started_at = time.monotonic()
         self.endpoints_failure = ""
         self._deadline: float | None = None
+        self._restored = False
+        self._saving = threading.Lock()
         add_builtin_tasks(self)
 
     def _new_transport(self) -> Transport:
@@ -151,7 +154,7 @@ class APINeuron(Extensions):
         return True
 
     def begin(self) -> None:
-        """As `start`, raising JournalLocked, JournalError or OSError (the endpoints' address) instead."""
+        """As `start`, raising JournalLocked, JournalError, ConfigError (the executor) or OSError (the endpoints)."""
         if self._running:
             return
         self._stopping.clear()
@@ -161,7 +164,11 @@ class APINeuron(Extensions):
         try:
             self.credentials.load()
             self._identity_changed()
-            self._restore()
+            self.desk = CommandDesk(self, self.journal, self.tasks, self.engine)
+            with contextlib.suppress(JournalUnavailable):
+                self._restore()
+            self._engine = None  # a former life's is closed
+            self.engine()
             self._serve()
         except BaseException:
             self.journal.close()
@@ -245,7 +252,7 @@ class APINeuron(Extensions):
 
     def _say_goodbye(self) -> None:
         """The last totals, outcomes, report and heartbeat: each tried once, none of them in the way of the end."""
-        last: list[Callable[[], object]] = [self._save_day_durably]
+        last: list[Callable[[], object]] = [lambda: self._save_day(durable=True)]
         if self.registered.is_set() and self.outage_since is None:
             last += [self.desk.deliver_last, self.report_analytics, lambda: self.send_heartbeat("inactive")]
         for step in last:
@@ -259,13 +266,13 @@ class APINeuron(Extensions):
         threading.Thread(target=self.stop, name="neuron-stop", daemon=True).start()
 
     def _restore(self) -> None:
-        """Remote settings and the day's totals of the former process."""
-        try:
-            changes = self.journal.setting("config_update") or {}
-            totals = self.journal.day_totals(iso_utc(self.now())[:10])
-            self.paused = bool(self.journal.setting("paused"))
-        except JournalUnavailable:
+        """Remote settings and the day's totals of the former process, once. Raises JournalUnavailable."""
+        if self._restored:
             return
+        changes = self.journal.setting("config_update") or {}
+        totals = self.journal.day_totals(iso_utc(self.now())[:10])
+        self.paused = bool(self.journal.setting("paused"))
+        self._restored = True
         if changes:
             try:
                 self._apply(updated(self.local_config, changes))
@@ -330,7 +337,7 @@ class APINeuron(Extensions):
         if not isinstance(error, Retryable) or isinstance(error, IdentityConflict):
             return
         self._failures_in_a_row += 1
-        if error.status is None and self.outage_since is None:
+        if isinstance(error, Unreachable) and self.outage_since is None:
             self.outage_since = time.monotonic()
         held = self._throttle.ready("outage")
         if held is not None:
@@ -343,6 +350,8 @@ class APINeuron(Extensions):
     def _call_succeeded(self, endpoint: str) -> None:
         self.last_call[endpoint] = f"{iso_utc(self.now())} ok"
         self._failures_in_a_row = 0
+        if self.conflicts and not self.credentials.expires_soon():
+            self.conflicts = 0  # the token that was refused is accepted after all
         if self.outage_since is not None:
             seconds, self.outage_since = time.monotonic() - self.outage_since, None
             self.logger.info("the federation answers again after %.0f s", seconds)
@@ -505,18 +514,21 @@ class APINeuron(Extensions):
 
     def _close_ended_days(self) -> None:
         """Days that are over become queued reports, those of a former process included."""
-        for totals in self.statistics.closed_days():
-            self.journal.queue_report(totals["day"], totals, self.day_report(totals))
-            self.statistics.forget_day(totals["day"])
-        for day, totals in self.journal.open_days(self.statistics.snapshot().day):
-            self.journal.queue_report(day, totals, self.day_report(totals))
+        with self._saving:
+            self._restore()
+            for totals in self.statistics.closed_days():
+                self.journal.queue_report(totals["day"], totals, self.day_report(totals))
+                self.statistics.forget_day(totals["day"])
+            for day, totals in self.journal.open_days(self.statistics.snapshot().day):
+                self.journal.queue_report(day, totals, self.day_report(totals))
 
     # -- the loops' ticks ----------------------------------------------------------------------------------------
 
     def _beat(self) -> float | None:
         self.watch()
         if not self.registered.is_set():
-            if self.credentials.token and (self.credentials.expires_in() or 1.0) > 0:
+            # Expired or not is for the federation to say: before its first answer our own clock may be days off.
+            if self.credentials.token:
                 self.registered.set()
                 self.logger.info("going on as %s with the stored token", self.neuron_id)
             else:
@@ -575,7 +587,8 @@ class APINeuron(Extensions):
     def _until_next_report(self) -> float | None:
         """The interval, but never past the day's last report before midnight, nor past midnight itself."""
         to_midnight = 86_400 - self.now() % 86_400
-        for moment in (to_midnight - 5, to_midnight + 0.5):
+        # Its `Date` header tells the federation's time to within two seconds.
+        for moment in (to_midnight - 5, to_midnight + 3):
             if 0 < moment < self.config.analytics_interval:
                 return moment
         return None
@@ -593,12 +606,14 @@ class APINeuron(Extensions):
     def request_counted(self) -> None:
         """Save the day's totals where a crash of the process does not reach them."""
         with contextlib.suppress(JournalUnavailable):
-            totals = self.statistics.export()
-            self.journal.save_day(totals["day"], totals)
+            self._save_day()
 
-    def _save_day_durably(self) -> None:
-        totals = self.statistics.export()
-        self.journal.save_day(totals["day"], totals, durable=True)
+    def _save_day(self, *, durable: bool = False) -> None:
+        # Two threads must not save in another order than they counted, nor anybody before what was is restored.
+        with self._saving:
+            self._restore()
+            for totals in (*self.statistics.closed_days(), self.statistics.export()):
+                self.journal.save_day(totals["day"], totals, durable=durable)
 
     def wake_commands(self) -> None:
         if "commands" in self.loops:
@@ -774,6 +789,8 @@ class APINeuron(Extensions):
         self.registered = threading.Event()
         self._stopping = threading.Event()
         self._stop_guard = threading.Lock()
+        self._saving = threading.Lock()
+        self._restored = False
         self._throttle, self._refused_reports = Throttle(), Throttle(3600)
         self.transport = self._new_transport()
         self.credentials = Credentials(self.config, self.transport.clock, self.logger)

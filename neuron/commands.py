@@ -24,7 +24,6 @@ from neuron.errors import (
     BadAnswer,
     Cancelled,
     EngineUnavailable,
-    FederationError,
     JournalUnavailable,
     Refused,
     Rejected,
@@ -33,7 +32,7 @@ from neuron.errors import (
 )
 from neuron.executors import Call, DaemonThreads, Engine, ExecutorEngine, call_of
 from neuron.journal import MAX_UNDELIVERED, Entry, Journal, digest_of
-from neuron.logs import NeuronLogger
+from neuron.logs import NeuronLogger, redactor
 from neuron.tasks import Run, Task, TaskRegistry
 from neuron.transport import jittered
 
@@ -41,6 +40,7 @@ CONTROL = frozenset({"health_check", "config_update", "restart", "stop", "cancel
 MAX_BATCH = 256  # commands looked at in one answer; the rest stays pending
 CANCEL_GRACE = 5.0  # seconds a cancelled task has to end by itself before it is given up
 DELIVERIES_IN_ORDER = 10  # failed deliveries after which a result waits an hour and lets others pass
+LONGEST_WAIT = 3600.0  # seconds between tries of what the federation keeps failing at
 LATER = object()  # a handler's answer: the next process completes this command
 
 Handler = Callable[[Entry], Any]
@@ -99,24 +99,26 @@ class CommandDesk:
 
         Raises FederationError when the federation could not be asked, JournalUnavailable when nothing may be begun.
         """
-        with self._looking:
-            if self._journal.failure is not None:
-                self._journal.set_setting("probe", time.time())
-            worked = self._recover()
-            self._save_unsaved()
-            self._deliver()
-            worked = self._go_on() or worked
-            if not self._stopping and not self._congested():
-                for command in self._neuron.fetch_commands()[:MAX_BATCH]:
-                    worked = self._accept(command) or worked
-            if self._deliverable:
+        try:
+            with self._looking:
+                if self._journal.failure is not None:
+                    self._journal.set_setting("probe", time.time())
+                worked = self._recover()
+                self._save_unsaved()
                 self._deliver()
+                worked = self._go_on() or worked
+                if not self._stopping and not self._congested():
+                    for command in self._neuron.fetch_commands()[:MAX_BATCH]:
+                        worked = self._accept(command) or worked
+                if self._deliverable:
+                    self._deliver()
+        finally:
+            # A stop or restart that was asked for above happens once its command is written down and, if the
+            # federation listens, reported. If it does not, neither waits for it.
+            while self.afterwards:
+                self.afterwards.pop(0)()
         if worked:
             self.worked_at = time.monotonic()
-        # A stop or restart that was asked for above happens once its command is written down and, if the
-        # federation listens, reported.
-        while self.afterwards:
-            self.afterwards.pop(0)()
         return worked
 
     def _congested(self) -> bool:
@@ -155,7 +157,7 @@ class CommandDesk:
     def _go_on(self) -> bool:
         worked = False
         for entry in list(self._backlog.values()):
-            if self._stopping or not self._may_begin(entry.type, entry.data):
+            if entry.command_id in self._runs or not self._may_begin(entry.type, entry.data):
                 continue
             worked = self._begin(entry) or worked
         return worked
@@ -167,7 +169,7 @@ class CommandDesk:
             self._neuron.logger.warning("a pending command is no command (%s); left alone", parsed)
             return False
         command_id, kind, data, priority, timeout_at = parsed
-        if self._stopping or command_id in self._runs or not self._may_begin(kind, data):
+        if command_id in self._runs or not self._may_begin(kind, data):
             return False
         entry, new = self._journal.receive(command_id, kind, data, priority=priority, timeout_at=timeout_at)
         if entry.digest != digest_of(kind, data):
@@ -186,6 +188,9 @@ class CommandDesk:
         return self._begin(entry)
 
     def _may_begin(self, kind: str, data: Any) -> bool:
+        if self._stopping or self.afterwards:
+            # A stop or restart has begun: what comes behind it is for the next process.
+            return False
         if kind in CONTROL or kind not in self._neuron.handlers:
             return True
         if self._neuron.paused or len(self._slots) >= self._neuron.config.max_concurrent_tasks:
@@ -220,7 +225,7 @@ class CommandDesk:
         """Acknowledge, then run: at once for a control command, in a slot of its own for others."""
         key = (entry.command_id, entry.digest)
         if entry.state == "received":
-            if entry.next_delivery > time.time():
+            if _waits(entry):
                 return False
             # Until `acknowledged` is written: the federation may have acted, and then no list names it again.
             self._backlog[key] = entry
@@ -247,9 +252,18 @@ class CommandDesk:
             self._run(entry, run)
         else:
             self._slots.add(entry.command_id)
-            threading.Thread(
-                target=self._run, args=(entry, run), name=f"neuron-command-{entry.command_id}", daemon=True
-            ).start()
+            try:
+                threading.Thread(
+                    target=self._run, args=(entry, run), name=f"neuron-command-{entry.command_id}", daemon=True
+                ).start()
+            except RuntimeError as error:
+                # No memory, or the limit of threads: it is acknowledged, and goes on when there is room.
+                self._neuron.logger.error("command %s waits: %s", entry.command_id, error)
+                self._slots.discard(entry.command_id)
+                with self._guard:
+                    self._runs.pop(entry.command_id, None)
+                self._backlog[key] = dataclasses.replace(entry, state="acknowledged")
+                return False
         return True
 
     # -- running -------------------------------------------------------------------------------------------------
@@ -304,7 +318,7 @@ class CommandDesk:
                 outcome, error = "interrupted", "the neuron stopped while this ran"
         except BaseException as failure:
             # SystemExit and KeyboardInterrupt too: a command must not end without an outcome.
-            outcome, error = "failed", f"{type(failure).__name__}: {failure}"
+            outcome, error = "failed", redactor.text(f"{type(failure).__name__}: {failure}")
             self._neuron.logger.warning(
                 "command %s failed", entry.type, exc_info=True, extra={"commandId": entry.command_id}
             )
@@ -422,16 +436,27 @@ class CommandDesk:
         if not self._deliverable:
             return
         self._deliverable = False
-        settled = True
-        while settled and (waiting := self._journal.undelivered()):
-            settled = False
+        remaining = True
+        try:
+            remaining = self._send_waiting()
+        finally:
+            # Never set to False here: a result may have been finished meanwhile.
+            if remaining:
+                self._deliverable = True
+
+    def _send_waiting(self) -> bool:
+        """True: results are left that wait for their next try."""
+        settled, remaining = True, False
+        while settled and (waiting := self._journal.undelivered(DELIVERIES_IN_ORDER)):
+            settled = remaining = False
             for entry in waiting:
-                if entry.next_delivery <= time.time() and self._send(entry):
+                if not _waits(entry) and self._send(entry):
                     settled = True
                     continue
-                self._deliverable = True
+                remaining = True
                 if entry.deliveries < DELIVERIES_IN_ORDER:
-                    return
+                    return True
+        return remaining
 
     def _send(self, entry: Entry) -> bool:
         """True: this result is settled, for good or ill."""
@@ -451,15 +476,12 @@ class CommandDesk:
         except (ServerFault, BadAnswer):
             self._put_off(entry)
             return False
-        except FederationError:
-            self._deliverable = True
-            raise
         else:
             self._journal.delivered(entry)
         return True
 
     def _put_off(self, entry: Entry) -> float:
-        wait = 3600.0 if entry.deliveries + 1 >= DELIVERIES_IN_ORDER else jittered(entry.deliveries, None)
+        wait = LONGEST_WAIT if entry.deliveries + 1 >= DELIVERIES_IN_ORDER else jittered(entry.deliveries, None)
         self._journal.delivery_failed(entry, wait)
         return wait
 
@@ -531,6 +553,11 @@ def task_params(data: Any) -> Any:
     if "params" in data:
         return data["params"]
     return {key: value for key, value in data.items() if key not in ("task", "task_type")}
+
+
+def _waits(entry: Entry) -> bool:
+    """Its next try is not due. A time further off than any wait is of a clock that has gone back since."""
+    return 0 < entry.next_delivery - time.time() <= LONGEST_WAIT
 
 
 def _parsed(command: Any) -> tuple[str, str, Any, int, float | None] | str:

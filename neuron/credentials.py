@@ -8,9 +8,11 @@ can issue again.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import re
+import stat
 import threading
 import time
 import unicodedata
@@ -101,10 +103,12 @@ class Credentials:
         redactor.learn(supplied)
         try:
             claims = read_token(supplied)
+            owner = claims.get("neuronId")
+            if not isinstance(owner, str) or not 1 <= len(owner) <= 100:
+                raise ValueError("it names no neuron")
         except ValueError as error:
             self._logger.error("the configured token cannot be used (%s); without it", error)
             return entry
-        owner = str(claims.get("neuronId", ""))
         if self._config.neuron_id and owner != self._config.neuron_id:
             self._logger.error(
                 "the configured token belongs to neuron %s, not to %s; without it", owner, self._config.neuron_id
@@ -120,12 +124,18 @@ class Credentials:
         except FileNotFoundError:
             return {}
         except OSError as error:
-            self._set_aside(f"cannot be opened ({error.strerror})")
+            if error.errno == errno.ELOOP:
+                self._set_aside("is a symbolic link")
+                return {}
+            # No permission, no descriptor left, a bad sector: what is in it is still ours.
+            raise JournalUnavailable(f"{self._path} cannot be opened: {error.strerror}") from None
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            self._set_aside("is a directory")
             return {}
         with os.fdopen(descriptor, "rb") as file:
             if os.fstat(file.fileno()).st_mode & 0o077:
-                self._logger.warning("%s was open to other users; now 0600", self._path)
-                os.fchmod(file.fileno(), 0o600)
+                self._close_to_others(file.fileno())
             try:
                 entries = json.loads(file.read())["identities"]
                 found = {}
@@ -133,15 +143,27 @@ class Credentials:
                     identity = Identity(**entry)
                     if not isinstance(identity.neuron_id, str) or not 1 <= len(identity.neuron_id) <= 100:
                         raise ValueError("no neuron id")
+                    if not isinstance(identity.saved_at, (int, float)):
+                        raise ValueError("no time")
                     if identity.token:
                         claims = read_token(identity.token)
                         if claims.get("neuronId") != identity.neuron_id:
                             raise ValueError("the token belongs to another neuron")
                     found[key] = identity
+            except OSError as error:
+                raise JournalUnavailable(f"{self._path} cannot be read: {error.strerror}") from None
             except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
                 self._set_aside(f"is damaged ({error})")
                 return {}
         return found
+
+    def _close_to_others(self, descriptor: int) -> None:
+        try:
+            os.fchmod(descriptor, 0o600)
+        except OSError as error:
+            self._logger.warning("%s is open to other users and stays so: %s", self._path, error.strerror)
+        else:
+            self._logger.warning("%s was open to other users; now 0600", self._path)
 
     def _set_aside(self, reason: str) -> None:
         aside = self._path.with_name(f"{FILE}.damaged-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}")
@@ -177,8 +199,8 @@ class Credentials:
             claims = read_token(token)
             if claims.get("neuronId") != self.neuron_id:
                 raise ValueError(f"its token is for neuron {claims.get('neuronId')!r}, not {self.neuron_id!r}")
-            expires = claims.get("exp")
-            if isinstance(expires, (int, float)) and expires <= self._clock.now():
+            expires = _seconds(claims, "exp")
+            if expires is not None and expires <= self._clock.now():
                 raise ValueError("its token has expired already")
         except ValueError as error:
             raise BadAnswer("register", f"the answer cannot be used: {error}") from None
@@ -212,8 +234,8 @@ class Credentials:
         """Seconds to the token's expiry by the federation's clock; None without a token or an expiry."""
         if not self.token:
             return None
-        expires = read_token(self.token).get("exp")
-        return float(expires) - self._clock.now() if isinstance(expires, (int, float)) else None
+        expires = _seconds(read_token(self.token), "exp")
+        return None if expires is None else expires - self._clock.now()
 
     def expires_soon(self) -> bool:
         """A tenth of the token's life is left, at most a week of it."""
@@ -256,8 +278,13 @@ def fresh_id(name: str, now: float) -> str:
 
 
 def _issued(claims: dict[str, Any]) -> float:
-    issued = claims.get("iat")
-    return float(issued) if isinstance(issued, (int, float)) else 0.0
+    return _seconds(claims, "iat") or 0.0
+
+
+def _seconds(claims: dict[str, Any], name: str) -> float | None:
+    """A moment among the claims, in epoch seconds; None where it is none that a calendar knows."""
+    value = claims.get(name)
+    return float(value) if isinstance(value, (int, float)) and abs(value) < 1e11 else None
 
 
 def _replace_durably(path: Path, content: bytes) -> None:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import bottle
 import jwt
 import waitress.channel
+import waitress.parser
 import waitress.server
 import waitress.task
 
@@ -29,6 +30,7 @@ THREADS = 8
 WORKING = THREADS - 2
 CONNECTIONS = 2000
 IDLE_SECONDS = 10
+REQUEST_SECONDS = 60  # for a whole request to arrive
 METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 
 Reply = tuple[int, dict[str, Any]]
@@ -151,8 +153,26 @@ class Endpoints:
                 self.content_length = len(body)
                 self.write(body)
 
+        class Parser(waitress.parser.HTTPRequestParser):
+            def __init__(self, adj: Any) -> None:
+                super().__init__(adj)
+                self.begun = time.monotonic()
+
+            def parse_header(self, header_plus: bytes) -> None:
+                super().parse_header(header_plus)
+                if self.chunked and "CONTENT_LENGTH" in self.headers:
+                    # A proxy in front may go by the other one, and see one request where two are (RFC 9112, 6.3).
+                    raise waitress.parser.ParsingError("Content-Length and Transfer-Encoding exclude each other")
+
         class Channel(waitress.channel.HTTPChannel):
             error_task_class = RefusedRequest
+            parser_class = Parser
+
+            def received(self, data: bytes) -> Any:
+                # waitress times out silence alone; a byte a second would hold a connection for ever.
+                if self.request is not None and time.monotonic() - self.request.begun > REQUEST_SECONDS:
+                    self.will_close = True
+                return super().received(data)
 
         logging.getLogger("waitress.queue").setLevel(logging.ERROR)
         self._server = waitress.server.create_server(
@@ -253,7 +273,8 @@ class Endpoints:
                 status, body = 415, {"success": False, "error": str(error)}
             except (BadData, Rejected) as error:
                 status, body = 400, {"success": False, "error": str(error)}
-            except Exception as error:
+            except BaseException as error:
+                # SystemExit too: it would end the server's thread, and leave the caller without an answer.
                 status = 500
                 self._neuron.logger.exception("%s %s failed", bottle.request.method, bottle.request.path)
                 # The type helps the caller; the message and traceback may hold what is not theirs to see.

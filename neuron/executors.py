@@ -11,13 +11,17 @@ import pickle
 import signal
 import threading
 import time
+import traceback
 from collections.abc import Callable
-from concurrent.futures import Executor, Future
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from neuron.errors import ConfigError, WorkerLost
+from neuron.errors import ConfigError, EngineUnavailable, WorkerLost
 from neuron.tasks import CancelEvent, Run, Task, TaskContext
+
+UNAVAILABLE_SECONDS = 5.0  # after an executor took no task, until it is asked again
+END_SECONDS = 5.0  # for the process of a task that has its result, to end by itself
 
 
 @dataclass(frozen=True)
@@ -87,9 +91,78 @@ class Engine(Protocol):
     def ready(self) -> None:
         """Raises EngineUnavailable when no task can be started now. Does not block."""
 
-    def start(self, call: Call, run: Run, logger: logging.LoggerAdapter[Any]) -> Handle: ...
+    def start(self, call: Call, run: Run, logger: logging.LoggerAdapter[Any]) -> Handle:
+        """Start the task. Its future fails with WorkerLost where what ran it is gone.
+
+        Raises EngineUnavailable when nothing was started.
+        """
 
     def close(self) -> None: ...
+
+
+class Hold:
+    """Why no task is started just now, for so many seconds: a failing start must not be tried without a pause."""
+
+    def __init__(self) -> None:
+        self.reason = ""
+        self._until = float("-inf")
+
+    def set(self, reason: str, seconds: float) -> None:
+        self.reason, self._until = reason, time.monotonic() + seconds
+
+    def lasts(self) -> bool:
+        return time.monotonic() < self._until
+
+    def check(self) -> None:
+        if self.lasts():
+            raise EngineUnavailable(self.reason)
+
+
+def relayed(future: Future[Any], lost: tuple[type[BaseException], ...]) -> Future[Any]:
+    """A future that ends as `future` does; the errors `lost`, and being cancelled, become WorkerLost."""
+    relay: Future[Any] = Future()
+    relay.set_running_or_notify_cancel()
+
+    def ended(_: Future[Any]) -> None:
+        if relay.done():
+            return
+        if future.cancelled():
+            relay.set_exception(WorkerLost("the executor dropped the task"))
+            return
+        error = future.exception()
+        if error is None:
+            relay.set_result(future.result())
+        else:
+            relay.set_exception(WorkerLost(f"the worker is gone: {error}") if isinstance(error, lost) else error)
+
+    future.add_done_callback(ended)
+    return relay
+
+
+def portable(value: Any) -> Any:
+    """`value`, if it survives the way to another process. Raises TypeError, showing it, if it does not."""
+    try:
+        pickle.loads(pickle.dumps(value))  # noqa: S301 - our own, just made
+    except Exception as error:
+        raise TypeError(f"{type(value).__name__} {value!r:.300} cannot leave its process: {error}") from None
+    return value
+
+
+def forwarding_logger(send: Callable[[int, str], None]) -> logging.Logger:
+    """A logger for `context.logger` whose records go as level and text to the neuron, wherever that is."""
+
+    class Forward(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            text = record.getMessage()
+            if record.exc_info:
+                text += "\n" + logging.Formatter().formatException(record.exc_info)
+            with contextlib.suppress(OSError):
+                send(record.levelno, text)
+
+    # Not one of logging.getLogger(): runs beside each other have one each.
+    task_logger = logging.Logger("neuron.task", logging.DEBUG)
+    task_logger.addHandler(Forward())
+    return task_logger
 
 
 class DaemonThreads(Executor):
@@ -117,17 +190,22 @@ class DaemonThreads(Executor):
 class ExecutorEngine:
     """Any `concurrent.futures.Executor`. Across a process boundary, progress and cancel do not work there."""
 
-    importable = False
-
     def __init__(self, executor: Executor) -> None:
         self._executor = executor
+        self._hold = Hold()
+        self.importable = isinstance(executor, ProcessPoolExecutor)
 
     def ready(self) -> None:
-        """An executor takes calls at any time."""
+        self._hold.check()
 
     def start(self, call: Call, run: Run, logger: logging.LoggerAdapter[Any]) -> Handle:
-        future = self._executor.submit(execute, call, Channel(run.cancelled, run.report, logger))
-        return Handle(future, tell=lambda: None, kill=lambda: void(future.cancel()))
+        try:
+            future = self._executor.submit(execute, call, Channel(run.cancelled, run.report, logger))
+        except RuntimeError as error:
+            # Shut down, broken, or out of threads: the host may give it room again.
+            self._hold.set(f"the executor takes no task: {error}", UNAVAILABLE_SECONDS)
+            raise EngineUnavailable(self._hold.reason) from error
+        return Handle(relayed(future, (BrokenExecutor,)), kill=lambda: void(future.cancel()))
 
     def close(self) -> None:
         """The executor belongs to whoever made it."""
@@ -146,20 +224,28 @@ class ProcessEngine:
         # Never fork: a child of a threaded process inherits locks that nobody will release.
         self._context = multiprocessing.get_context("spawn")
         self._processes: set[Any] = set()
+        self._hold = Hold()
 
     def ready(self) -> None:
-        """Processes can be started at any time."""
+        self._hold.check()
 
     def start(self, call: Call, run: Run, logger: logging.LoggerAdapter[Any]) -> Handle:
-        ours, theirs = self._context.Pipe()
-        cancelled = self._context.Event()
         future: Future[Any] = Future()
-        process = self._context.Process(
-            target=_process_main, args=(theirs, cancelled, call), name=f"neuron-task-{call.command_id}", daemon=True
-        )
         future.set_running_or_notify_cancel()
         try:
+            ours, theirs = self._context.Pipe()
+            cancelled = self._context.Event()
+            process = self._context.Process(
+                target=_process_main, args=(theirs, cancelled, call), name=f"neuron-task-{call.command_id}",
+                daemon=True,
+            )
+        except OSError as error:
+            raise self._unavailable(error) from error
+        try:
             process.start()
+        except OSError as error:
+            ours.close()
+            raise self._unavailable(error) from error
         except Exception as error:
             # What cannot be pickled shows here; it is this task's failure.
             ours.close()
@@ -174,6 +260,10 @@ class ProcessEngine:
         ).start()
         return Handle(future, tell=cancelled.set, kill=process.kill)
 
+    def _unavailable(self, error: OSError) -> EngineUnavailable:
+        self._hold.set(f"no process can be started: {error}", UNAVAILABLE_SECONDS)
+        return EngineUnavailable(self._hold.reason)
+
     def _listen(
         self,
         pipe: multiprocessing.connection.Connection[Any, Any],
@@ -184,6 +274,10 @@ class ProcessEngine:
     ) -> None:
         try:
             while not future.done():
+                # The pipe alone would not tell: something the task has forked may hold its other end.
+                multiprocessing.connection.wait([pipe, process.sentinel])
+                if not pipe.poll():
+                    raise EOFError
                 kind, *values = pipe.recv()
                 if kind == "progress":
                     run.report(*values)
@@ -201,6 +295,9 @@ class ProcessEngine:
             future.set_exception(error)
         finally:
             pipe.close()
+            # A thread that the task left behind must not keep its process.
+            process.join(END_SECONDS)
+            process.kill()
             process.join()
             self._processes.discard(process)
 
@@ -218,8 +315,15 @@ def _ended(code: int | None) -> str:
 
 def _process_main(pipe: Any, cancelled: Any, call: Call) -> None:
     """The task's process. It ends with the neuron's, so that no effect comes after a restart."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A supervisor may signal the whole group; when the task ends is for the neuron to say. Handlers that do nothing,
+    # since ignored signals would be inherited by programs that the task starts.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
+    # The neuron's stdout holds its log and nothing else.
+    with contextlib.suppress(OSError):
+        os.dup2(2, 1)
     parent = multiprocessing.parent_process()
+    pid = os.getpid()
     guard = threading.Lock()
 
     def send(*message: Any) -> None:
@@ -233,28 +337,23 @@ def _process_main(pipe: Any, cancelled: Any, call: Call) -> None:
 
     threading.Thread(target=end_with_parent, daemon=True).start()
 
-    class Forward(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            with contextlib.suppress(OSError):
-                send("log", record.levelno, record.getMessage())
-
-    logger = logging.getLogger("neuron.task")
-    logger.setLevel(logging.DEBUG)
-    logger.propagate = False
-    logger.addHandler(Forward())
-
     def report(fraction: float, text: str) -> None:
         with contextlib.suppress(OSError):
             send("progress", fraction, text)
 
+    logger = forwarding_logger(lambda level, text: send("log", level, text))
+    outcome: tuple[str, Any]
     try:
-        outcome: tuple[str, Any] = ("result", execute(call, Channel(cancelled, report, logger)))
+        outcome = ("result", portable(execute(call, Channel(cancelled, report, logger))))
     except BaseException as error:
-        outcome = ("error", error)
-    try:
-        pickle.loads(pickle.dumps(outcome))  # noqa: S301 - our own, to see that it survives the way
-    except Exception as error:
-        outcome = ("error", RuntimeError(f"{type(outcome[1]).__name__}: {outcome[1]!r:.300} (not picklable: {error})"))
+        error.add_note("in the process of the task:\n" + "".join(traceback.format_exception(error)))
+        try:
+            outcome = ("error", portable(error))
+        except TypeError as fault:
+            outcome = ("error", fault)
+    if os.getpid() != pid:
+        # A copy that the task forked came back from it too; it has nothing to say here.
+        os._exit(0)
     send(*outcome)
 
 

@@ -79,7 +79,7 @@ class Extensions:
         def register(function: F) -> F:
             self.tasks.add(
                 name, function, timeout=timeout, idempotent=idempotent, retries=retries, replace=replace,
-                importable=isinstance(self._executor, str) and self.engine().importable,
+                importable=self.engine().importable,
             )
             return function
 

@@ -125,7 +125,7 @@ class DependencyChecks:
             for entry in self._entries.values():
                 if entry.run is None and self._is_stale(entry, max_age):
                     self._begin(entry)
-                if entry.run is not None and not entry.run.overdue:
+                if entry.run is not None:
                     running.append((entry, entry.run))
         for entry, run in running:
             run.done.wait(max(0.0, run.began + entry.dependency.timeout - self._monotonic()))

@@ -93,11 +93,37 @@ _COLUMNS = (
 )
 
 
+_NONE = type(None)
+_TYPES: tuple[tuple[type, ...], ...] = (
+    (str,), (str,), (str,), (str,), (int,), (float, _NONE), (str,), (int,), (str, _NONE), (str, _NONE), (int,),
+    (float,), (float,),
+)
+STATES = ("received", "acknowledged", "running", "finished", "reported", "aside")
+
+
+class _Damaged(sqlite3.DatabaseError):
+    """A value that nobody here has written: the file was changed by something else."""
+
+
 def _entry(row: tuple[Any, ...]) -> Entry:
     values = list(row)
-    values[3] = json.loads(values[3])
-    values[9] = json.loads(values[9]) if values[9] is not None else None
-    return Entry(*values)
+    if any(not isinstance(value, types) for value, types in zip(values, _TYPES, strict=True)):
+        raise _Damaged(f"malformed command {values[0]!r:.50}")
+    values[3] = _parsed(values[3])
+    values[9] = _parsed(values[9] or "null")
+    entry = Entry(*values)
+    if entry.state == "finished" and not isinstance(entry.result, dict):
+        raise _Damaged(f"malformed result of command {entry.command_id}")
+    if entry.outcome is None and entry.state != "aside" and entry.digest != digest_of(entry.type, entry.data):
+        raise _Damaged(f"malformed data of command {entry.command_id}")
+    return entry
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise _Damaged(f"malformed JSON: {error}") from None
 
 
 def digest_of(command_type: str, data: Any) -> str:
@@ -122,15 +148,19 @@ class Journal:
         self._connection: sqlite3.Connection | None = None
         self._lock_file: int | None = None
         self._durable = True
+        self._closed = False
 
     def open(self) -> None:
         """Take the state directory. Raises JournalLocked if another neuron has it, JournalError if it is not ours
         to use; a disk that is full or read-only for now is remembered in `failure` and tried again later."""
+        self._closed = False
         with contextlib.suppress(JournalUnavailable):
             self._run(lambda _: None)
 
     def close(self) -> None:
         with self._guard:
+            # A task that outlives the stop must not take the directory again.
+            self._closed = True
             self._disconnect()
             if self._lock_file is not None:
                 os.close(self._lock_file)
@@ -153,6 +183,8 @@ class Journal:
     def _run(self, work: Callable[[sqlite3.Connection], T], *, durable: bool = True) -> T:
         """Do `work` in one transaction. Not durable: it survives the process, but perhaps not a power cut."""
         with self._guard:
+            if self._closed:
+                raise JournalUnavailable(f"{self.path} is closed")
             try:
                 for attempt in (1, 2):
                     try:
@@ -196,29 +228,13 @@ class Journal:
 
     def _connect(self) -> sqlite3.Connection:
         self._prepare_directory()
-        # SQLite gives its -wal and -shm files the mode of the database; so it must never be created by SQLite.
-        os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
-        self.path.chmod(0o600)
-        connection = sqlite3.connect(self.path, timeout=5, isolation_level=None, check_same_thread=False)
-        try:
-            connection.execute("PRAGMA journal_mode = WAL")
-            connection.execute("PRAGMA synchronous = FULL")
-            connection.execute("PRAGMA journal_size_limit = 1048576")
-            damage = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
-            if damage != "ok":
-                raise sqlite3.DatabaseError(f"malformed: {damage}")
-            version = connection.execute("PRAGMA user_version").fetchone()[0]
-            if version > len(MIGRATIONS):
-                raise sqlite3.DatabaseError(f"malformed: version {version} is newer than this neuron's")
-            for number in range(version, len(MIGRATIONS)):
-                connection.executescript(
-                    f"BEGIN IMMEDIATE; {MIGRATIONS[number]} PRAGMA user_version = {number + 1}; COMMIT;"
-                )
-        except BaseException:
-            connection.close()
-            raise
-        self._connection, self._durable = connection, True
-        return connection
+        fresh = self.path.with_name(f"{FILE}.fresh")
+        if fresh.exists() and not self.path.exists():
+            # The former process died between the two halves of `_set_damaged_aside`.
+            self._move_aside(self.path.name + ".damaged-unnamed")
+            fresh.replace(self.path)
+        self._connection, self._durable = _database(self.path), True
+        return self._connection
 
     def _prepare_directory(self) -> None:
         if self._lock_file is not None:
@@ -275,28 +291,39 @@ class Journal:
 
     def _set_damaged_aside(self, reason: str) -> None:
         """Keep the damaged files under a dated name and start anew with what can still be read of them."""
-        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-        aside = self.path.with_name(f"{FILE}.damaged-{stamp}")
-        number = 1
-        while aside.exists():
-            number += 1
-            aside = self.path.with_name(f"{FILE}.damaged-{stamp}-{number}")
-        for suffix in ("", "-wal", "-shm"):
-            source = self.path.with_name(FILE + suffix)
-            if source.exists():
-                source.replace(aside.with_name(aside.name + suffix))
-        self.set_aside_files.append(aside.name)
-        connection = self._connect()
+        fresh = self.path.with_name(f"{FILE}.fresh")
+        for path in self.directory.glob(f"{fresh.name}*"):
+            path.unlink()
+        # The new one is complete before the old one goes, so that a crash or a full disk in between costs nothing.
+        connection = _database(fresh)
         saved = 0
-        connection.execute("BEGIN IMMEDIATE")
-        for table, row in _salvage(aside):
-            marks = ",".join("?" * len(row))
-            saved += connection.execute(f"INSERT OR IGNORE INTO {table} VALUES ({marks})", row).rowcount
-        connection.execute("COMMIT")
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+            for table, columns, row in _salvage(self.path):
+                marks = ",".join("?" * len(row))
+                saved += connection.execute(f"INSERT OR IGNORE INTO {table} ({columns}) VALUES ({marks})", row).rowcount
+            connection.execute("COMMIT")
+            # What close() fails to fold in would stay behind in a file of the other name.
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        finally:
+            connection.close()
+        name = f"{FILE}.damaged-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
+        aside, number = name, 1
+        while (self.directory / aside).exists():
+            number += 1
+            aside = f"{name}-{number}"
+        self._move_aside(aside)
+        fresh.replace(self.path)
+        self.set_aside_files.append(aside)
         self._logger.error(
             "the journal was damaged (%s); kept as %s, going on with a new one and %d rows that could be read",
-            reason, aside.name, saved,
+            reason, aside, saved,
         )
+
+    def _move_aside(self, name: str) -> None:
+        for suffix in ("", "-wal", "-shm"):
+            with contextlib.suppress(FileNotFoundError):
+                self.path.with_name(FILE + suffix).replace(self.path.with_name(name + suffix))
 
     # -- commands ------------------------------------------------------------------------------------------------
 
@@ -361,9 +388,15 @@ class Journal:
             ).rowcount == 1
         )
 
-    def undelivered(self, limit: int = 50) -> list[Entry]:
-        """Finished commands whose result the federation has not taken, in the order they finished."""
-        return self._entries("state = 'finished' ORDER BY sequence LIMIT ?", limit)
+    def undelivered(self, in_order: int, limit: int = 50) -> list[Entry]:
+        """Finished commands whose result the federation has not taken, in the order they finished.
+
+        Those that failed `in_order` deliveries or more come last, the one due first before the others.
+        """
+        return self._entries(
+            "state = 'finished' ORDER BY deliveries >= ?, IIF(deliveries >= ?, next_delivery, sequence) LIMIT ?",
+            in_order, in_order, limit,
+        )
 
     def unfinished(self) -> list[Entry]:
         """Commands that a former process left, in the order they came."""
@@ -442,18 +475,22 @@ class Journal:
 
     def day_totals(self, day: str) -> dict[str, Any] | None:
         rows = self._run(
-            lambda connection: connection.execute("SELECT totals FROM days WHERE day = ?", (day,)).fetchall()
+            lambda connection: [
+                _parsed(totals) for totals, in connection.execute("SELECT totals FROM days WHERE day = ?", (day,))
+            ]
         )
-        return json.loads(rows[0][0]) if rows else None
+        return rows[0] if rows else None
 
     def open_days(self, before: str) -> list[tuple[str, dict[str, Any]]]:
         """`(day, totals)` of days before `before` that no process has closed yet, oldest first."""
-        rows = self._run(
-            lambda connection: connection.execute(
-                "SELECT day, totals FROM days WHERE day < ? AND NOT closed ORDER BY day", (before,)
-            ).fetchall()
+        return self._run(
+            lambda connection: [
+                (day, _parsed(totals))
+                for day, totals in connection.execute(
+                    "SELECT day, totals FROM days WHERE day < ? AND NOT closed ORDER BY day", (before,)
+                )
+            ]
         )
-        return [(day, json.loads(totals)) for day, totals in rows]
 
     def queue_report(self, day: str, totals: dict[str, Any], report: dict[str, Any]) -> None:
         """A closed day and its last report, which waits here until the federation has taken it. The newest wins."""
@@ -467,12 +504,14 @@ class Journal:
 
     def queued_reports(self) -> list[tuple[str, dict[str, Any]]]:
         """`(day, report)` of closed days, oldest first."""
-        rows = self._run(
-            lambda connection: connection.execute(
-                "SELECT day, report FROM days WHERE report IS NOT NULL ORDER BY day"
-            ).fetchall()
+        return self._run(
+            lambda connection: [
+                (day, _parsed(report))
+                for day, report in connection.execute(
+                    "SELECT day, report FROM days WHERE report IS NOT NULL ORDER BY day"
+                )
+            ]
         )
-        return [(day, json.loads(report)) for day, report in rows]
 
     def report_settled(self, day: str) -> None:
         self._run(lambda connection: connection.execute("UPDATE days SET report = NULL WHERE day = ?", (day,)))
@@ -480,9 +519,11 @@ class Journal:
     def setting(self, key: str) -> Any:
         """A stored JSON value, or None."""
         rows = self._run(
-            lambda connection: connection.execute("SELECT value FROM settings WHERE key = ?", (key,)).fetchall()
+            lambda connection: [
+                _parsed(value) for value, in connection.execute("SELECT value FROM settings WHERE key = ?", (key,))
+            ]
         )
-        return json.loads(rows[0][0]) if rows else None
+        return rows[0] if rows else None
 
     def set_setting(self, key: str, value: Any) -> None:
         self._run(
@@ -548,37 +589,91 @@ class Journal:
         return total
 
 
+def _database(path: Path) -> sqlite3.Connection:
+    """Open or make the database, of the present version and undamaged. Raises sqlite3.Error or OSError."""
+    # SQLite gives its -wal and -shm files the mode of the database; so it must never be created by SQLite.
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+    path.chmod(0o600)
+    connection = sqlite3.connect(path, timeout=5, isolation_level=None, check_same_thread=False)
+    try:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute("PRAGMA journal_size_limit = 1048576")
+        # Not quick_check: an id that a damaged index hides would run a second time.
+        damage = connection.execute("PRAGMA integrity_check(1)").fetchone()[0]
+        if damage != "ok":
+            raise _Damaged(f"malformed: {damage}")
+        version = connection.execute("PRAGMA user_version").fetchone()[0]
+        if not 0 <= version <= len(MIGRATIONS):
+            raise _Damaged(f"version {version} is unknown to this neuron, which writes {len(MIGRATIONS)}")
+        for number in range(version, len(MIGRATIONS)):
+            connection.executescript(
+                f"BEGIN IMMEDIATE; {MIGRATIONS[number]} PRAGMA user_version = {number + 1}; COMMIT;"
+            )
+        strange = {state for state, in connection.execute("SELECT DISTINCT state FROM commands")} - {*STATES}
+        if strange:
+            raise _Damaged(f"malformed states {strange}")
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+# What the surroundings do to SQLite: a full disk, an unreadable sector. Of all else the file itself is the cause.
+_SURROUNDINGS = {
+    sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_PERM, sqlite3.SQLITE_PROTOCOL, sqlite3.SQLITE_INTERRUPT,
+}
+
+
 def _is_damage(error: sqlite3.DatabaseError) -> bool:
-    return not isinstance(error, sqlite3.OperationalError) and (
-        "malformed" in str(error) or "not a database" in str(error)
-    )
+    if isinstance(error, sqlite3.ProgrammingError):
+        return False
+    # Without a code it is Python's own: a text that is no UTF-8, or `_Damaged`.
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT)
+    if code & 0xFF == sqlite3.SQLITE_READONLY:
+        # Its variants tell of the surroundings; without one it is the file's own header that says so.
+        return bool(code == sqlite3.SQLITE_READONLY)
+    return code & 0xFF not in _SURROUNDINGS
 
 
 def _is_ours(name: str) -> bool:
     return name.startswith((FILE, "identity.json", ".identity.json", "lock", "local-federation"))
 
 
-def _salvage(path: Path) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """Rows of a damaged journal that can still be read and make sense, table by table."""
+def _salvage(path: Path) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+    """`(table, columns, row)` of what in a damaged journal can still be read and makes sense."""
+    # For reading alone, or SQLite would fold the damaged log into the damaged file.
+    connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
     try:
-        connection = sqlite3.connect(path)
-    except sqlite3.Error:
-        return
-    try:
-        if connection.execute("PRAGMA user_version").fetchone()[0] != len(MIGRATIONS):
-            return
-        for table, json_columns in (("commands", (3, 9)), ("days", (1, 2)), ("settings", (1,))):
-            # By position, so that one torn page costs its own rows and not all that follow.
-            last = connection.execute(f"SELECT MAX(rowid) FROM {table}").fetchone()[0] or 0
-            for rowid in range(1, min(last, KEPT_ROWS) + 1):
-                with contextlib.suppress(sqlite3.Error, ValueError, TypeError):
-                    query = f"SELECT * FROM {table} NOT INDEXED WHERE rowid = ?"
+        for table, columns, check in (
+            ("commands", f"{_COLUMNS}, sequence, changed_at", _check_command),
+            ("days", "day, totals, report, closed", lambda row: (_parsed(row[1]), _parsed(row[2] or "null"))),
+            ("settings", "key, value", lambda row: _parsed(row[1])),
+        ):
+            query = f"SELECT {columns} FROM {table} NOT INDEXED WHERE rowid = ?"
+            for rowid in _rowids(connection, table):
+                with contextlib.suppress(sqlite3.Error):
                     row = connection.execute(query, (rowid,)).fetchone()
                     if row is not None:
-                        for column in json_columns:
-                            json.loads(row[column] or "null")
-                        yield table, row
-    except (sqlite3.Error, TypeError):
-        return
+                        check(row)
+                        yield table, columns, row
     finally:
         connection.close()
+
+
+def _check_command(row: tuple[Any, ...]) -> None:
+    if _entry(row[:-2]).state not in STATES or not isinstance(row[-1], float):
+        raise _Damaged(f"malformed command {row[0]!r:.50}")
+
+
+def _rowids(connection: sqlite3.Connection, table: str) -> list[int]:
+    """From both ends up to what is torn, and whatever may lie between: one page costs its own rows alone."""
+    found: set[int] = set()
+    for direction in ("ASC", "DESC"):
+        with contextlib.suppress(sqlite3.Error):
+            query = f"SELECT rowid FROM {table} NOT INDEXED ORDER BY rowid {direction} LIMIT {2 * KEPT_ROWS}"
+            found.update(rowid for rowid, in connection.execute(query))
+    if found:
+        found.update(range(max(min(found), max(found) - KEPT_ROWS), max(found)))
+    return sorted(found)

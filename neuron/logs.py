@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 import sys
 import threading
@@ -19,7 +20,7 @@ logger = logging.getLogger("neuron")
 logger.addHandler(logging.NullHandler())
 
 REDACTED = "[redacted]"
-_SECRET_KEY = re.compile(r"token|secret|passw|authorization|api_?key|credential|cookie", re.IGNORECASE)
+_SECRET_KEY = re.compile(r"token|secret|passw|authorization|api[_-]?key|credential|cookie", re.IGNORECASE)
 _SECRET_TEXT = re.compile(
     r"(?i:\b(bearer|basic)\s+)[A-Za-z0-9._~+/=-]{8,}"
     r"|\beyJ[A-Za-z0-9_-]{5,}\.[A-Za-z0-9_-]+\.?[A-Za-z0-9_-]*"
@@ -27,6 +28,7 @@ _SECRET_TEXT = re.compile(
 )
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 _NEURON = ("neuron_id", "neuron_name", "neuron_type")
+_RESERVED = _STANDARD | {*_NEURON, "timestamp", "level", "type"}
 
 
 class Redactor:
@@ -52,20 +54,30 @@ class Redactor:
         """`value` with secrets removed from its texts and under keys that name one; deeper than 20: its repr."""
         if isinstance(value, str):
             return self.text(value)
+        if isinstance(value, float) and not math.isfinite(value):
+            return str(value)
         if value is None or isinstance(value, (bool, int, float)):
             return value
         if depth >= 20:
             return REDACTED
         if isinstance(value, Mapping):
             return {
-                self.text(str(key)): REDACTED
-                if entry and _SECRET_KEY.search(str(key)) and isinstance(entry, (str, bytes, list, dict))
+                self.text(_text_of(key)): REDACTED
+                if entry and _SECRET_KEY.search(_text_of(key)) and isinstance(entry, (str, bytes, list, dict))
                 else self.value(entry, depth + 1)
                 for key, entry in value.items()
             }
         if isinstance(value, (list, tuple, set, frozenset)):
             return [self.value(entry, depth + 1) for entry in value]
-        return self.text(str(value))
+        return self.text(_text_of(value))
+
+
+def _text_of(value: object) -> str:
+    """`str`, for objects of others that may fail at it: a log call never raises."""
+    try:
+        return str(value)
+    except Exception as error:
+        return f"({type(value).__name__} without a text: {type(error).__name__})"
 
 
 redactor = Redactor()
@@ -77,8 +89,8 @@ class RedactingFilter(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         try:
             message = record.getMessage()
-        except (TypeError, ValueError, KeyError) as error:
-            message = f"{record.msg!r} (its arguments do not fit: {error})"
+        except Exception as error:
+            message = f"{_text_of(record.msg)} (its arguments do not fit: {_text_of(error)})"
         record.msg, record.args = redactor.text(message), None
         if record.exc_info and not record.exc_text:
             record.exc_text = logging.Formatter().formatException(record.exc_info)
@@ -105,7 +117,7 @@ class NeuronLogger(logging.LoggerAdapter[logging.Logger]):
         super().__init__(logger, identity)
 
     def process(self, msg: Any, kwargs: MutableMapping[str, Any]) -> tuple[Any, MutableMapping[str, Any]]:
-        extra = {f"{key}_" if key in _STANDARD else key: value for key, value in (kwargs.get("extra") or {}).items()}
+        extra = {f"{key}_" if key in _RESERVED else key: value for key, value in (kwargs.get("extra") or {}).items()}
         kwargs["extra"] = {**(self.extra or {}), **extra}
         return msg, kwargs
 
@@ -123,7 +135,8 @@ class JsonLines(JsonFormatter):
     def process_log_record(self, log_data: dict[str, Any]) -> dict[str, Any]:
         for key in ("neuron_name", "neuron_type"):
             log_data.pop(key, None)
-        return log_data
+        # A child logger's records reach the handlers past the filter of their parent.
+        return dict(redactor.value(log_data))
 
     def add_fields(self, log_data: dict[str, Any], record: logging.LogRecord, message_dict: dict[str, Any]) -> None:
         log_data["timestamp"] = iso_utc(record.created)
@@ -145,13 +158,17 @@ class TextLines(logging.Formatter):
             key: value for key, value in vars(record).items() if key not in _STANDARD and key not in _NEURON
         }
         parts = [iso_utc(record.created)[11:-1], f"{record.levelname:<7}", record.getMessage()]
-        parts += [f"{key}={value!r}" for key, value in extras.items()]
-        line = redactor.text(" ".join(parts))
-        line = "".join(
-            character if character.isprintable() else character.encode("unicode_escape").decode()
-            for character in line
-        )
-        return f"{line}\n{redactor.text(record.exc_text)}" if record.exc_text else line
+        parts += [f"{key}={value!r}" for key, value in redactor.value(extras).items()]
+        line = _escaped(redactor.text(" ".join(parts)))
+        if not record.exc_text:
+            return line
+        return "\n".join([line, *map(_escaped, redactor.text(record.exc_text).split("\n"))])
+
+
+def _escaped(line: str) -> str:
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode() for character in line
+    )
 
 
 class RecentProblems(logging.Handler):

@@ -125,9 +125,9 @@ def _run(
                 return EXIT_SOFTWARE
             continue
         break
-    _end_at_second_signal(wishes)
+    told_to_end = _end_at_second_signal(wishes, first=wish)
     neuron.stop()
-    if wish == "restart":
+    if wish == "restart" and not told_to_end.is_set():
         if local is not None:
             local.stop()
         _flush()
@@ -135,13 +135,21 @@ def _run(
     return 0
 
 
-def _end_at_second_signal(wishes: queue.SimpleQueue[Any]) -> None:
+def _end_at_second_signal(wishes: queue.SimpleQueue[Any], *, first: Any) -> threading.Event:
+    """The event returned is set by the first signal, which turns a restart under way into an end."""
+    told_to_end = threading.Event()
+
     def wait() -> None:
-        while isinstance(wishes.get(), str):
-            pass
-        os._exit(130)
+        wish = first
+        while True:
+            if not isinstance(wish, str):
+                if told_to_end.is_set():
+                    os._exit(130)
+                told_to_end.set()
+            wish = wishes.get()
 
     threading.Thread(target=wait, name="neuron-second-signal", daemon=True).start()
+    return told_to_end
 
 
 def _refuse(reason: object, code: int) -> int:

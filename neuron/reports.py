@@ -18,9 +18,9 @@ OUTCOMES = ("succeeded", "failed", "rejected", "expired", "timed_out", "cancelle
 
 def int4(value: float | None) -> int:
     """Rounded and clamped to 0..2³¹-1, the federation's column; 0 where nothing was measured."""
-    if value is None or math.isnan(value):
+    if value is None or value != value:  # NaN; math.isnan has no mind for an int beyond a double
         return 0
-    return int(min(max(round(value) if math.isfinite(value) else value, 0), INT4_MAX))
+    return round(min(max(value, 0), INT4_MAX))
 
 
 def registration(
@@ -100,11 +100,10 @@ def completion(
 
     Raises TypeError or ValueError where `result` is not JSON.
     """
-    response: dict[str, Any] = {"outcome": outcome}
+    response: dict[str, Any] = json.loads(json.dumps(details or {}, default=str))
+    response["outcome"] = outcome
     if milliseconds is not None:
         response["durationMs"] = round(milliseconds, 1)
-    if details:
-        response.update(json.loads(json.dumps(details, default=str)))
     if result is not None:
         text = json.dumps(result, allow_nan=False)
         if len(text) <= MAX_RESULT_BYTES:

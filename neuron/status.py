@@ -74,11 +74,10 @@ def assessed(neuron: Neuron) -> Health:
         extra.append(Reason("identity", "critical", 30, "the federation issues no token for this id"))
     if given_up := neuron.desk.given_up():
         extra.append(Reason("tasks", "warning", 5, f"{given_up} tasks run on past their time limit"))
-    if neuron.config.executor.startswith("dask"):
-        try:
-            neuron.engine().ready()
-        except EngineUnavailable as error:
-            extra.append(Reason("executor", "warning", 20, str(error)))
+    try:
+        neuron.engine().ready()
+    except EngineUnavailable as error:
+        extra.append(Reason("executor", "warning", 20, str(error)))
     good, reasons = neuron.live()
     extra += [Reason("loop", "critical", 60, reason, fatal=True) for reason in reasons if not good]
     health = assess(

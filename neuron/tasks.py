@@ -12,7 +12,7 @@ import threading
 import time
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -23,6 +23,8 @@ _PLAIN: dict[Any, str] = {
     str: "a text", int: "a whole number", float: "a number", bool: "true or false", types.NoneType: "null",
     list: "a list", dict: "an object",
 }
+# What reading an annotation raises that was misspelt: an unknown name, attribute, or no expression at all.
+_UNREADABLE = (TypeError, ValueError, NameError, AttributeError, SyntaxError)
 
 
 class CancelEvent(Protocol):
@@ -197,7 +199,7 @@ def _described(
     try:
         signature = inspect.signature(function)
         hints = typing.get_type_hints(function)
-    except (TypeError, ValueError, NameError) as error:
+    except _UNREADABLE as error:
         raise DefinitionError(f"{place}: task {name!r}: its signature cannot be read: {error}") from None
     parameters: dict[str, Any] = {}
     required = set()
@@ -230,15 +232,21 @@ def _described(
     )
 
 
-def _unsupported(annotation: Any) -> str | None:
-    """Why values cannot be checked against this annotation; None where they can."""
-    if annotation is Any or annotation in _PLAIN or typing.is_typeddict(annotation):
+def _unsupported(annotation: Any, seen: tuple[Any, ...] = ()) -> str | None:
+    """Why values cannot be checked against this annotation; None where they can. `seen`: TypedDicts around it."""
+    if annotation is Any or (isinstance(annotation, Hashable) and annotation in _PLAIN) or annotation in seen:
         return None
+    if typing.is_typeddict(annotation):
+        try:
+            parts = typing.get_type_hints(annotation).values()
+        except _UNREADABLE as error:
+            return f"{annotation.__name__} cannot be read: {error}"
+        return next((fault for part in parts if (fault := _unsupported(part, (*seen, annotation)))), None)
     origin = typing.get_origin(annotation)
     if origin is Literal:
         return None
     if origin in (typing.Union, types.UnionType, list, dict) or origin in (typing.Required, typing.NotRequired):
-        return next((fault for part in typing.get_args(annotation) if (fault := _unsupported(part))), None)
+        return next((fault for part in typing.get_args(annotation) if (fault := _unsupported(part, seen))), None)
     return (
         f"{annotation!r} is not a JSON type; use str, int, float, bool, None, list[…], dict[str, …], Literal, "
         "a TypedDict, or unions of them"
@@ -265,8 +273,7 @@ def mismatches(value: Any, annotation: Any, where: str) -> list[str]:
     if typing.is_typeddict(annotation):
         if not isinstance(value, dict):
             return [f"{where}: {_shown(value)} is not an object"]
-        hints = typing.get_type_hints(annotation)
-        return _mapping_faults(value, hints, annotation.__required_keys__, False, where)
+        return _mapping_faults(value, typing.get_type_hints(annotation), _required_keys(annotation), False, where)
     plain = origin or annotation
     wanted = _PLAIN[plain]
     if plain is float:
@@ -277,6 +284,8 @@ def mismatches(value: Any, annotation: Any, where: str) -> list[str]:
         fits = isinstance(value, plain)
     if not fits:
         return [f"{where}: {_shown(value)} is not {wanted}"]
+    if not typing.get_args(annotation):
+        return []
     if origin is list:
         (item,) = typing.get_args(annotation)
         return [f for at, entry in enumerate(value) for f in mismatches(entry, item, f"{where}[{at}]")][:20]
@@ -284,6 +293,14 @@ def mismatches(value: Any, annotation: Any, where: str) -> list[str]:
         _, item = typing.get_args(annotation)
         return [f for key, entry in value.items() for f in mismatches(entry, item, f"{where}.{key}")][:20]
     return []
+
+
+def _required_keys(annotation: Any) -> set[str]:
+    """Of a TypedDict. Its own `__required_keys__` misses markers under `from __future__ import annotations`."""
+    marked = typing.get_type_hints(annotation, include_extras=True)
+    required = set(annotation.__required_keys__)
+    required |= {name for name, hint in marked.items() if typing.get_origin(hint) is typing.Required}
+    return required - {name for name, hint in marked.items() if typing.get_origin(hint) is typing.NotRequired}
 
 
 def _mapping_faults(

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import random
+import re
 import socket
 import ssl
 import threading
@@ -33,10 +34,13 @@ from neuron.errors import BadAnswer, Refused, Retryable, ServerFault, Throttled,
 
 MAX_REQUEST_BYTES = 100_000  # the federation's own limit (body-parser's "100kb" is 102,400)
 MAX_ANSWER_BYTES = 4 << 20
-MAX_ANSWER_OBJECTS = 50_000  # 3 MB of "{}," would become 64 MB of dicts
+MAX_ANSWER_VALUES = 150_000  # 4 MB of "1.5," would become 50 MB of floats
 MAX_DEPTH = 100
 LONGEST_RETRY_AFTER = 3600.0
 BASE_PATH = "/api/api-neurons"
+
+# Texts as a whole, and what stands between values. A text without an end goes to the end, or this were quadratic.
+_TOKENS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[{,:]', re.DOTALL)
 
 _call = threading.local()
 
@@ -313,8 +317,8 @@ def _finite(text: str) -> float:
 
 def decode(endpoint: str, content: bytes, status: int | None = None) -> Any:
     """Parse an answer's JSON. Raises BadAnswer on whatever is not plain, finite, bounded JSON."""
-    if content.count(b"{") + content.count(b"[") > MAX_ANSWER_OBJECTS:
-        raise BadAnswer(endpoint, f"more than {MAX_ANSWER_OBJECTS} objects in one answer", status=status)
+    if _crowded(content):
+        raise BadAnswer(endpoint, f"more than {MAX_ANSWER_VALUES} values in one answer", status=status)
     try:
         answer = json.loads(content.decode("utf-8-sig"), parse_constant=_refuse_constant, parse_float=_finite)
         # What was read from a shallow stack may be too deep to be written from a deeper one.
@@ -335,6 +339,14 @@ def _deeper_than(value: Any, levels: int) -> bool:
     elif isinstance(value, list):
         inner = value
     return levels < 0 or any(_deeper_than(entry, levels - 1) for entry in inner)
+
+
+def _crowded(content: bytes) -> bool:
+    """Whether it holds more values than its size lets one expect, before any of them is made."""
+    if sum(map(content.count, (b"[", b"{", b",", b":"))) <= MAX_ANSWER_VALUES:
+        return False
+    between = (token for token in _TOKENS.finditer(content) if token[0][:1] != b'"')
+    return next(itertools.islice(between, MAX_ANSWER_VALUES, None), None) is not None
 
 
 def _read(endpoint: str, response: requests.Response) -> bytes:
@@ -373,7 +385,10 @@ def _cause(error: BaseException) -> str:
             break
         seen = inner
     text = str(seen).rpartition(": ")[2] if " object at 0x" in str(seen) else str(seen)
-    if isinstance(seen, (TimeoutError, urllib3.exceptions.TimeoutError)):
+    if isinstance(seen, urllib3.exceptions.NewConnectionError):
+        # To urllib3 a refused connection is a timeout too; its text begins with the connection's repr.
+        text = text.partition("): ")[2] or text
+    elif isinstance(seen, (TimeoutError, urllib3.exceptions.TimeoutError)):
         text = "no whole answer within the deadline"
     return (text or type(seen).__name__)[:300]
 
