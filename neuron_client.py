@@ -84,7 +84,7 @@ class APINeuron(Extensions):
         for secret in (self.config.token, self.config.api_secret):
             redactor.learn(secret)
         self.credentials = Credentials(self.config, self.transport.clock, self.logger)
-        self.journal = Journal(self.config.state_dir, self.logger)
+        self.journal = Journal(self.config.state_dir, self.logger, self.now)
         self.alerts = Alerts(self.now)
         self.sampler = SystemSampler(Path(self.config.state_dir).absolute().anchor)
         self.averages = WindowAverages()
@@ -124,6 +124,7 @@ class APINeuron(Extensions):
         self.endpoints_failure = ""
         self._deadline: float | None = None
         self._restored = False
+        self._restored_day = ""
         self._saving = threading.Lock()
         add_builtin_tasks(self)
 
@@ -157,7 +158,9 @@ class APINeuron(Extensions):
         """As `start`, raising JournalLocked, JournalError, ConfigError (the executor) or OSError (the endpoints)."""
         if self._running:
             return
-        self._stopping.clear()
+        # Of this life alone: a thread that outstayed a former one still sees that it was told to end.
+        self._stopping = threading.Event()
+        self.loops = {}
         self._deadline = None
         self._started_at = time.monotonic()
         self.journal.open()
@@ -211,8 +214,8 @@ class APINeuron(Extensions):
             "statistics": (self._count, lambda: 1.0),
         }[name]
         loop = PeriodicThread(f"neuron-{name}", tick, interval, stopping=self._stopping, logger=self.logger)
-        self.loops[name] = loop
         loop.start()
+        self.loops[name] = loop  # once it is alive: the others watch each other
 
     def __enter__(self) -> APINeuron:
         self.start()
@@ -260,29 +263,37 @@ class APINeuron(Extensions):
                 step()
             except NeuronError as error:
                 self.logger.warning("on the way out: %s", error)
+            except Exception:
+                # An adopter's override; the steps after it are still wanted.
+                self.logger.exception("on the way out")
 
     def _stop_from_within(self) -> None:
         """For a host: the thread that obeys `stop` cannot wait for its own end."""
         threading.Thread(target=self.stop, name="neuron-stop", daemon=True).start()
 
     def _restore(self) -> None:
-        """Remote settings and the day's totals of the former process, once. Raises JournalUnavailable."""
-        if self._restored:
-            return
-        changes = self.journal.setting("config_update") or {}
-        totals = self.journal.day_totals(iso_utc(self.now())[:10])
-        self.paused = bool(self.journal.setting("paused"))
-        self._restored = True
-        if changes:
-            try:
-                self._apply(updated(self.local_config, changes))
-            except ConfigError as error:
-                self.logger.error("stored remote settings no longer fit and are left out: %s", error)
-        if totals:
-            try:
-                self.statistics.restore(totals)
-            except ValueError as error:
-                self.logger.error("the day's stored totals cannot be read (%s); counting from 0", error)
+        """What a former process left for this one: settings once, totals for each day. Raises JournalUnavailable."""
+        if not self._restored:
+            changes = self.journal.setting("config_update") or {}
+            self.paused = bool(self.journal.setting("paused"))
+            # A clock that is days off here counts on the right day before the federation's first answer.
+            self.transport.clock.offset = float(self.journal.setting("clock_offset") or 0.0)
+            self._restored = True
+            if changes:
+                try:
+                    self._apply(updated(self.local_config, changes))
+                except ConfigError as error:
+                    self.logger.error("stored remote settings no longer fit and are left out: %s", error)
+        held = self.statistics.export()
+        if held["day"] != self._restored_day:
+            totals = self.journal.day_totals(held["day"])
+            first, self._restored_day = not self._restored_day, held["day"]
+            # Later on, a clock that went back brings a day which is still held here, or was let go when it closed.
+            if totals and (first or totals["successful"] + totals["failed"] > held["successful"] + held["failed"]):
+                try:
+                    self.statistics.restore(totals)
+                except ValueError as error:
+                    self.logger.error("the day's stored totals cannot be read (%s); counting from 0", error)
 
     def _identity_changed(self) -> None:
         self.names["neuron_id"] = self.neuron_id
@@ -479,6 +490,8 @@ class APINeuron(Extensions):
             self._send_report(day, report)
             self.journal.report_settled(day)
         body = self.day_report()
+        # What the federation has been told must be there after a crash: a day's totals never fall.
+        self._save_day(durable=True)
         self._send_report(body["date"], body)
 
     def _send_report(self, day: str, body: dict[str, Any]) -> None:
@@ -517,7 +530,10 @@ class APINeuron(Extensions):
         with self._saving:
             self._restore()
             for totals in self.statistics.closed_days():
-                self.journal.queue_report(totals["day"], totals, self.day_report(totals))
+                # A day without a request was told already while it was the present one, or never was: a start with
+                # a wrong clock.
+                if totals["successful"] or totals["failed"]:
+                    self.journal.queue_report(totals["day"], totals, self.day_report(totals))
                 self.statistics.forget_day(totals["day"])
             for day, totals in self.journal.open_days(self.statistics.snapshot().day):
                 self.journal.queue_report(day, totals, self.day_report(totals))
@@ -580,6 +596,8 @@ class APINeuron(Extensions):
                 self.logger.debug("analytics wait: %s", error)
             try:
                 self.journal.prune()
+                if abs(self.transport.clock.offset - (self.journal.setting("clock_offset") or 0.0)) > 2:
+                    self.journal.set_setting("clock_offset", self.transport.clock.offset)
             except JournalUnavailable as error:
                 self.logger.debug("not pruned: %s", error)
         return self._until_next_report()
@@ -612,7 +630,8 @@ class APINeuron(Extensions):
         # Two threads must not save in another order than they counted, nor anybody before what was is restored.
         with self._saving:
             self._restore()
-            for totals in (*self.statistics.closed_days(), self.statistics.export()):
+            days = (*self.statistics.closed_days(), self.statistics.export())
+            for totals in (day for day in days if day["successful"] or day["failed"]):
                 self.journal.save_day(totals["day"], totals, durable=durable)
 
     def wake_commands(self) -> None:
@@ -791,6 +810,7 @@ class APINeuron(Extensions):
         self._stop_guard = threading.Lock()
         self._saving = threading.Lock()
         self._restored = False
+        self._restored_day = ""
         self._throttle, self._refused_reports = Throttle(), Throttle(3600)
         self.transport = self._new_transport()
         self.credentials = Credentials(self.config, self.transport.clock, self.logger)

@@ -244,6 +244,10 @@ class CommandDesk:
                 )
                 return False
             self._journal.advance(entry, "acknowledged")
+            if self._stopping:
+                # Not begun, so the next process begins it; begun now, it would only be interrupted.
+                self._backlog[key] = dataclasses.replace(entry, state="acknowledged")
+                return False
         self._backlog.pop(key, None)
         run = Run(entry.command_id, entry.type, attempt=entry.runs + 1)
         with self._guard:
@@ -318,7 +322,7 @@ class CommandDesk:
                 outcome, error = "interrupted", "the neuron stopped while this ran"
         except BaseException as failure:
             # SystemExit and KeyboardInterrupt too: a command must not end without an outcome.
-            outcome, error = "failed", redactor.text(f"{type(failure).__name__}: {failure}")
+            outcome, error = "failed", f"{type(failure).__name__}: {redactor.value(failure)}"
             self._neuron.logger.warning(
                 "command %s failed", entry.type, exc_info=True, extra={"commandId": entry.command_id}
             )

@@ -17,6 +17,7 @@ import waitress.channel
 import waitress.parser
 import waitress.server
 import waitress.task
+import waitress.wasyncore
 
 from neuron.config import NeuronConfig
 from neuron.data_profile import BadData, UnsupportedType, parse_records
@@ -101,6 +102,7 @@ class Endpoints:
         self._closing = False
         self._thread: threading.Thread | None = None
         self._server: Any = None
+        self._sockets: dict[int, Any] = {}
         config = neuron.config
         self.open_to_all = not config.api_secret
         self.health_only = self.open_to_all and not is_loopback(config.host)
@@ -131,7 +133,17 @@ class Endpoints:
         self._app.route(route.path, route.method, self._counted(self._guarded(reply)))
 
     def _get(self, path: str, reply: Callable[[], Reply]) -> None:
-        self._app.route(path, "GET", lambda: _json(*reply()))
+        def answer() -> str:
+            try:
+                status, body = reply()
+                return _write(status, json.dumps(body, allow_nan=False), {})
+            except _Answer as refusal:
+                return _write(refusal.status, json.dumps(refusal.body), refusal.headers)
+            except Exception:
+                self._neuron.logger.exception("GET %s failed", path)
+                return _write(500, json.dumps({"success": False, "error": "internal error; see the neuron's log"}), {})
+
+        self._app.route(path, "GET", answer)
 
     # -- start and stop ------------------------------------------------------------------------------------------
 
@@ -175,21 +187,30 @@ class Endpoints:
                 return super().received(data)
 
         logging.getLogger("waitress.queue").setLevel(logging.ERROR)
-        self._server = waitress.server.create_server(
-            self._app,
-            host=config.host,
-            port=config.port,
-            threads=THREADS,
-            # As shipped: 100 connections, after which nobody is answered, and 120 s for each silent one.
-            connection_limit=CONNECTIONS,
-            asyncore_use_poll=True,
-            channel_timeout=IDLE_SECONDS,
-            cleanup_interval=IDLE_SECONDS // 2,
-            backlog=1024,
-            max_request_header_size=16_384,
-            max_request_body_size=config.max_body_bytes,
-            ident=None,
-        )
+        workers = waitress.task.ThreadedTaskDispatcher()
+        workers.set_thread_count(THREADS)
+        try:
+            self._server = waitress.server.create_server(
+                self._app,
+                map=self._sockets,
+                _dispatcher=workers,
+                host=config.host,
+                port=config.port,
+                # As shipped: 100 connections, after which nobody is answered, and 120 s for each silent one.
+                connection_limit=CONNECTIONS,
+                asyncore_use_poll=True,
+                channel_timeout=IDLE_SECONDS,
+                cleanup_interval=IDLE_SECONDS // 2,
+                backlog=1024,
+                max_request_header_size=16_384,
+                max_request_body_size=config.max_body_bytes,
+                ident=None,
+            )
+        except OSError:
+            # The host goes on without endpoints, and must not keep their threads.
+            workers.shutdown(timeout=0.5)
+            waitress.wasyncore.close_all(self._sockets)
+            raise
         for listener in _listeners(self._server):
             listener.channel_class = Channel
         self._thread = threading.Thread(target=self._serve, name="neuron-endpoints", daemon=True)
@@ -197,17 +218,21 @@ class Endpoints:
 
     def _serve(self) -> None:
         listeners = _listeners(self._server)
-        loop, sockets = listeners[0].asyncore.loop, listeners[0]._map
         while not self._closing:
             # waitress would wake every second; only open connections want their time-out looked after.
             busy = any(listener.active_channels for listener in listeners)
             try:
-                loop(timeout=IDLE_SECONDS / 2 if busy else 3600, map=sockets, use_poll=True, count=1)
+                wait = IDLE_SECONDS / 2 if busy else 3600
+                waitress.wasyncore.loop(timeout=wait, map=self._sockets, use_poll=True, count=1)
             except Exception:
                 if not self._closing:
                     self._neuron.logger.exception("the endpoints stumbled; they go on")
         self._server.task_dispatcher.shutdown(timeout=0.5)
-        listeners[0].asyncore.close_all(sockets)
+        waitress.wasyncore.close_all(self._sockets)
+
+    def after_fork_in_child(self) -> None:
+        """Let go of the parent's sockets: held here, its callers would wait for an end that does not come."""
+        waitress.wasyncore.close_all(self._sockets)
 
     def apply(self, config: NeuronConfig) -> None:
         """Take over the settings that may change while running."""
@@ -318,15 +343,11 @@ class Endpoints:
         return None
 
     def _error_page(self, error: Any) -> str:
-        refusal = error.exception
-        if isinstance(refusal, _Answer):
-            return _write(refusal.status, json.dumps(refusal.body), refusal.headers)
+        """What bottle refuses by itself: unknown paths and methods, a path that is no text."""
         if error.status_code >= 500:
-            self._neuron.logger.error("%s %s failed: %r", bottle.request.method, bottle.request.path, refusal)
-        text = json.dumps({"success": False, "error": error.status_line})
-        for name, value in {"Content-Type": "application/json"}.items():
-            error.set_header(name, value)
-        return text
+            self._neuron.logger.error("%s %s failed: %r", bottle.request.method, bottle.request.path, error.exception)
+        error.set_header("Content-Type", "application/json")
+        return json.dumps({"success": False, "error": error.status_line})
 
 
 class _Answer(Exception):
@@ -341,10 +362,6 @@ class _Answer(Exception):
 
 def _verdict(good: bool, reasons: list[str]) -> Reply:
     return (200 if good else 503), {"status": "ok" if good else "not ok", "reasons": reasons}
-
-
-def _json(status: int, body: dict[str, Any]) -> str:
-    return _write(status, json.dumps(body, allow_nan=False), {})
 
 
 def _write(status: int, text: str, headers: dict[str, str]) -> str:

@@ -21,6 +21,7 @@ from neuron.errors import ConfigError, EngineUnavailable, WorkerLost
 from neuron.tasks import CancelEvent, Run, Task, TaskContext
 
 UNAVAILABLE_SECONDS = 5.0  # after an executor took no task, until it is asked again
+LOOK_SECONDS = 0.5  # between two looks whether the process of a silent task is there
 END_SECONDS = 5.0  # for the process of a task that has its result, to end by itself
 
 
@@ -275,9 +276,9 @@ class ProcessEngine:
         try:
             while not future.done():
                 # The pipe alone would not tell: something the task has forked may hold its other end.
-                multiprocessing.connection.wait([pipe, process.sentinel])
-                if not pipe.poll():
-                    raise EOFError
+                while not pipe.poll(LOOK_SECONDS):
+                    if process.exitcode is not None and not pipe.poll():
+                        raise EOFError
                 kind, *values = pipe.recv()
                 if kind == "progress":
                     run.report(*values)

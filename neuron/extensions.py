@@ -167,6 +167,8 @@ class Extensions:
 
     def after_fork_in_child(self) -> None:
         """A forked copy has none of the threads and may hold locks of theirs."""
+        if self.endpoints is not None:
+            self.endpoints.after_fork_in_child()
         self.endpoints = None
         self._engine = None
         self._engine_guard = threading.Lock()

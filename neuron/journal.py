@@ -138,12 +138,14 @@ class Journal:
     journal recovers by itself when the disk does. `failure` says what is wrong at present, or is None.
     """
 
-    def __init__(self, state_dir: str, logger: NeuronLogger) -> None:
+    def __init__(self, state_dir: str, logger: NeuronLogger, now: Callable[[], float] = time.time) -> None:
+        """`now`: epoch seconds to remember by; the federation's, so that a wrong clock here forgets nothing early."""
         self.directory = Path(state_dir)
         self.path = self.directory / FILE
         self.failure: str | None = None
         self.set_aside_files: list[str] = []
         self._logger = logger
+        self._now = now
         self._guard = threading.RLock()
         self._connection: sqlite3.Connection | None = None
         self._lock_file: int | None = None
@@ -335,7 +337,7 @@ class Journal:
         An id that was used with another payload is answered by that entry; compare its digest.
         """
         digest = digest_of(command_type, data)
-        now = time.time()
+        now = self._now()
 
         def work(connection: sqlite3.Connection) -> tuple[Entry, bool]:
             known = [
@@ -357,7 +359,7 @@ class Journal:
 
     def refuse_reused_id(self, command_id: str, command_type: str, data: Any, result: dict[str, Any]) -> None:
         """A second payload under an id that is over: written down as finished, rejected, to be delivered once."""
-        now = time.time()
+        now = self._now()
         self._run(
             lambda connection: connection.execute(
                 "INSERT OR IGNORE INTO commands (command_id, digest, type, data, priority, state, outcome, result, "
@@ -373,7 +375,7 @@ class Journal:
         self._run(
             lambda connection: connection.execute(
                 "UPDATE commands SET state = ?, runs = runs + ?, changed_at = ? WHERE command_id = ? AND digest = ?",
-                (state, state == "running", time.time(), entry.command_id, entry.digest),
+                (state, state == "running", self._now(), entry.command_id, entry.digest),
             )
         )
 
@@ -384,7 +386,7 @@ class Journal:
                 "UPDATE commands SET state = 'finished', outcome = ?, result = ?, changed_at = ?, next_delivery = 0, "
                 "sequence = (SELECT COALESCE(MAX(sequence), 0) + 1 FROM commands) "
                 "WHERE command_id = ? AND digest = ? AND outcome IS NULL",
-                (outcome, json.dumps(result), time.time(), entry.command_id, entry.digest),
+                (outcome, json.dumps(result), self._now(), entry.command_id, entry.digest),
             ).rowcount == 1
         )
 
@@ -429,7 +431,7 @@ class Journal:
             lambda connection: connection.execute(
                 "UPDATE commands SET state = ?, changed_at = ?, next_delivery = 0 "
                 "WHERE command_id = ? AND digest = ?",
-                (state, time.time(), entry.command_id, entry.digest),
+                (state, self._now(), entry.command_id, entry.digest),
             )
         )
 
@@ -537,7 +539,7 @@ class Journal:
 
     def prune(self) -> int:
         """Forget what is past its keeping. Returns the number of rows removed."""
-        now = time.time()
+        now = self._now()
 
         def work(connection: sqlite3.Connection) -> int:
             over = ("reported", "aside")

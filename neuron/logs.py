@@ -215,6 +215,8 @@ def configure(level: str, log_format: str, identity: Mapping[str, Any] | None = 
         logger.propagate = False
         # Warnings of the libraries come out in the same form.
         logging.getLogger().addHandler(_handler)
+        # What it warns of in a broken answer is told once already, as the failure of the call.
+        logging.getLogger("urllib3").setLevel(logging.ERROR)
     _handler.setFormatter(JsonLines() if log_format == "json" else TextLines())
     logger.setLevel(level)
 
