@@ -163,8 +163,9 @@ class APINeuron(Extensions):
         self.loops = {}
         self._deadline = None
         self._started_at = time.monotonic()
-        self.journal.open()
+        logger.addHandler(self.problems)
         try:
+            self.journal.open()
             self.credentials.load()
             self._identity_changed()
             self.desk = CommandDesk(self, self.journal, self.tasks, self.engine)
@@ -174,9 +175,9 @@ class APINeuron(Extensions):
             self.engine()
             self._serve()
         except BaseException:
+            logger.removeHandler(self.problems)
             self.journal.close()
             raise
-        logger.addHandler(self.problems)
         self._running = True
         self.logger.info(
             "neuron started; federation %s, endpoints %s", self.config.federation_url, self.address() or "none",
@@ -306,6 +307,11 @@ class APINeuron(Extensions):
 
         Returns the answer's `data`. Raises FederationError.
         """
+        if not self.neuron_id:
+            # Called by hand, without a start.
+            self.journal.open()
+            self.credentials.load()
+            self._identity_changed()
         try:
             wait = self._not_before.get(endpoint, 0.0) - time.monotonic()
             if wait > 0:
@@ -414,7 +420,10 @@ class APINeuron(Extensions):
         self.conflicts += 1
         wait = min(3600.0, 60.0 * 2 ** min(self.conflicts - 1, 6))
         own_choice = identity.generated and not identity.confirmed
-        if own_choice or self.config.on_identity_conflict == "new-id":
+        # A token that was accepted until now is not given up for one 401, nor before it has expired.
+        left = self.credentials.expires_in()
+        given_up = left is None or left <= 0 or (self.conflicts >= 2 and not self.credentials.expires_soon())
+        if own_choice or (given_up and self.config.on_identity_conflict == "new-id"):
             # A first answer that got lost leaves an id behind that nobody can claim; it was our own invention.
             fresh = self.credentials.take_fresh_id()
             self._identity_changed()
@@ -428,7 +437,7 @@ class APINeuron(Extensions):
             )
         return IdentityConflict("register", error.reason, status=error.status, retry_after=wait)
 
-    def _renew(self, failed: str) -> bool:
+    def _renew(self, failed: str, why: str = "the federation does not accept the token") -> bool:
         """Get a new token instead of `failed`; True when there is one. One thread asks, the others wait for it."""
         credentials = self.credentials
         with credentials.renewing:
@@ -437,7 +446,7 @@ class APINeuron(Extensions):
             if credentials.renewal_wait() > 0 or self._stopping.is_set():
                 return False
             credentials.renewal_tried()
-            self.logger.warning("the federation does not accept the token; asking for a new one")
+            self.logger.warning("%s; asking for a new one", why)
             try:
                 self._registration()
             except NeuronError as error:
@@ -565,7 +574,7 @@ class APINeuron(Extensions):
             # Said already, once for the whole outage.
             self.send_heartbeat()
         if self.credentials.expires_soon() and self.credentials.renewal_wait() == 0:
-            self._renew(self.credentials.token)
+            self._renew(self.credentials.token, "the token expires soon")
         return None
 
     def _look(self) -> float | None:

@@ -163,7 +163,9 @@ def test_what_python_has_beyond_json_is_described_and_never_raises() -> None:
         deep = [deep]
     assert field([Decimal("1.5"), Fraction(1, 2)])["mean"] == 1.0
     assert field([{1, 2}, (3,)])["type"] == "array"
-    described = profile([{1: b"x", None: Faulty(), "circle": circle, "deep": deep, "s": "\ud800\0"}, None])
+    described = profile(
+        [{1: b"x", None: Faulty(), "circle": circle, "deep": deep, "s": "\ud800\0"}, "\ud800" * 999]
+    )
     assert described["count"] == 2
     assert described["fields"]["None"]["top"] == [{"value": "<Faulty>", "count": 1}]
     assert described["fields"]["s"]["top"][0]["value"] == "?\N{REPLACEMENT CHARACTER}"

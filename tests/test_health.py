@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -158,6 +159,18 @@ def test_a_check_that_hangs_is_unhealthy_holds_nobody_up_and_keeps_one_thread() 
     assert len(calls) == 2
 
 
+def test_an_answer_after_the_timeout_comes_too_late(checks: DependencyChecks, ticks: Clock) -> None:
+    release = threading.Event()
+    checks.add(Dependency("late", lambda: release.wait(30) and None, timeout=0.05, every=30.0))
+    assert checks.check_all()["late"].status == "unhealthy"
+    (thread,) = threads_named("dependency-late")
+    release.set()
+    thread.join(timeout=10)
+    assert checks.check_all()["late"].status == "unhealthy"
+    ticks.at += 31
+    assert checks.check_all()["late"].status == "healthy"
+
+
 def test_readers_at_the_same_time_share_one_check(checks: DependencyChecks) -> None:
     calls: list[int] = []
     began, release = threading.Event(), threading.Event()
@@ -221,16 +234,17 @@ def test_a_second_dependency_of_one_name_is_refused(checks: DependencyChecks) ->
 def test_a_forked_child_does_not_wait_for_its_parents_threads() -> None:
     checks = DependencyChecks()
     release = threading.Event()
-    checks.add(Dependency("d", lambda: release.wait(0.02) and None, timeout=0.01))
+    checks.add(Dependency("d", lambda: release.wait(30) and None, timeout=0.3))
     checks.check_all()
     with checks._lock:
         child = os.fork()
         if child == 0:
             code = 1
+            signal.alarm(10)  # a child that waits for ever would outlive the test
             try:
                 checks.after_fork_in_child()
                 release.set()
-                code = 0 if checks.check_all(max_age=0)["d"].checked_at else 2
+                code = 0 if checks.check_all(max_age=0)["d"].status == "healthy" else 2
             finally:
                 os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import random
+import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -135,6 +136,13 @@ def test_one_value_repeated_is_answered_exactly() -> None:
     assert {sketch.quantile(q) for q in (0.0, 0.5, 0.99, 1.0)} == {123.456}
 
 
+def test_a_share_that_binary_fractions_miss_does_not_ask_for_the_next_value() -> None:
+    sketch = QuantileSketch()
+    sketch.add_many(range(1, 101))
+    assert 0.07 * 100 > 7
+    assert sketch.quantile(0.07) == pytest.approx(7, rel=TOLERANCE)
+
+
 def test_an_empty_sketch_has_no_quantiles_and_a_share_above_one_is_refused() -> None:
     assert QuantileSketch().quantile(0.5) is None
     with pytest.raises(ValueError, match="between 0 and 1"):
@@ -145,6 +153,7 @@ def test_beyond_its_buckets_a_sketch_blurs_the_lowest_values_and_keeps_the_highe
     sketch = QuantileSketch()
     values = [10 ** (exponent / 20) for exponent in range(-100, 6000)]
     sketch.add_many(values)
+    assert len(sketch.to_dict()["buckets"]) == 2 * MAX_BUCKETS
     for value in values:
         sketch.add(value)
     assert len(sketch.to_dict()["buckets"]) == 2 * MAX_BUCKETS
@@ -242,7 +251,7 @@ def test_no_argument_makes_record_raise_or_a_request_vanish(requests: RequestSta
     assert snapshot.average_response_time == 5.0
 
 
-def test_nothing_is_lost_or_counted_twice_between_eight_recorders_and_two_folders() -> None:
+def test_nothing_is_lost_or_counted_twice_between_eight_recorders_and_three_folders() -> None:
     requests = RequestStatistics()
     each, threads = 20_000, 8
     done = threading.Event()
@@ -256,16 +265,18 @@ def test_nothing_is_lost_or_counted_twice_between_eight_recorders_and_two_folder
             if requests.wait_for_work(0.01):
                 requests.fold()
 
-    readings: list[int] = []
+    in_order: list[bool] = []
 
     def read() -> None:
+        readings = [0]
         while not done.is_set():
             readings.append(requests.snapshot().total_requests)
+        in_order.append(readings == sorted(readings))
 
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     try:
-        others = [threading.Thread(target=fold), threading.Thread(target=read)]
+        others = [threading.Thread(target=target) for target in (fold, read, read)]
         hammers = [threading.Thread(target=hammer, args=(seed,)) for seed in range(threads)]
         for thread in others + hammers:
             thread.start()
@@ -278,12 +289,12 @@ def test_nothing_is_lost_or_counted_twice_between_eight_recorders_and_two_folder
     finally:
         sys.setswitchinterval(before)
     snapshot = requests.snapshot()
-    assert readings == sorted(readings)
+    assert in_order == [True, True]
     assert snapshot.total_requests == each * threads
     assert snapshot.failed_requests == each * threads // 5
     assert snapshot.average_response_time == pytest.approx(25.5)
     assert snapshot.invalid_requests == 0
-    assert requests.export()["responseTimes"]["ignored"] == 0
+    assert DayTotals.from_dict(requests.export()).response_times.count == each * threads
 
 
 def test_without_a_folding_thread_memory_stays_bounded_and_the_count_exact(
@@ -460,7 +471,7 @@ def test_at_midnight_the_day_is_closed_and_kept_until_it_is_forgotten(
 
 
 def test_a_clock_set_back_over_midnight_neither_reopens_nor_resets_a_day(
-    requests: RequestStatistics, wall: Clock
+    requests: RequestStatistics, wall: Clock, ticks: Clock
 ) -> None:
     wall.at += 13 * HOUR
     requests.record()
@@ -469,6 +480,8 @@ def test_a_clock_set_back_over_midnight_neither_reopens_nor_resets_a_day(
     totals = []
     for step in (-2 * HOUR, -10 * HOUR, 1 * HOUR, 11 * HOUR):
         wall.at += step
+        requests.fold()
+        ticks.at += CLOCK_JUMP_HOLD
         requests.record()
         totals.append((requests.snapshot().day, requests.snapshot().total_requests))
     assert totals == [("2025-06-02", count) for count in (2, 3, 4, 5)]
@@ -514,6 +527,7 @@ def test_a_wrong_clock_that_is_corrected_for_good_takes_the_counts_back_to_the_t
         requests.snapshot()
         ticks.at += CLOCK_JUMP_HOLD
         requests.record()
+        requests.fold()
     snapshot = requests.snapshot()
     assert (snapshot.day, snapshot.total_requests) == ("2025-06-01", 3)
     assert requests.closed_days() == []
@@ -536,6 +550,7 @@ def test_a_forked_child_begins_as_new_even_if_a_lock_was_held(requests: RequestS
         child = os.fork()
         if child == 0:
             code = 1
+            signal.alarm(10)  # a child that waits for ever would outlive the test
             try:
                 requests.after_fork_in_child()
                 requests.record()
@@ -625,6 +640,25 @@ def test_the_nearest_limit_above_the_process_counts(sampler_of: Callable[..., Sy
     }
     sample = sampler_of(files, own="0::/system.slice/neuron.service\n").sample()
     assert (sample.memory_percent, sample.memory_used) == (25.0, 100_000_000)
+
+
+def test_a_group_that_v1_calls_limited_by_the_largest_number_is_passed_over(
+    sampler_of: Callable[..., SystemSampler],
+) -> None:
+    files = {
+        "memory/docker/abc/memory.limit_in_bytes": "9223372036854771712\n",
+        "memory/docker/abc/memory.usage_in_bytes": "1\n",
+        "memory/docker/memory.limit_in_bytes": "1000000\n",
+        "memory/docker/memory.usage_in_bytes": "600000\n",
+    }
+    assert sampler_of(files, own="4:memory:/docker/abc\n").sample().memory_percent == 60.0
+
+
+def test_a_process_outside_of_the_tree_it_sees_reads_nothing_outside(
+    sampler_of: Callable[..., SystemSampler], tmp_path: Path
+) -> None:
+    write(tmp_path / "outside", {"memory.max": "1000\n", "memory.current": "999\n"})
+    assert sampler_of(V2_MEMORY, own="0::/../outside\n").sample().memory_percent == 50.0
 
 
 @pytest.mark.parametrize(
