@@ -105,6 +105,7 @@ class APINeuron(Extensions):
         self.loops: dict[str, PeriodicThread] = {}
         self.restart_process: Callable[[], None] | None = None
         self.request_stop: Callable[[], None] = self._stop_from_within
+        self.give_up: Callable[[], None] = self._give_up
         self._stopping = threading.Event()
         self._running = False
         self._stop_guard = threading.Lock()
@@ -114,10 +115,10 @@ class APINeuron(Extensions):
         self._not_before: dict[str, float] = {}
         self.last_call: dict[str, str] = {}
         self.outage_since: float | None = None
-        self._failures_in_a_row = 0
         self.conflicts = 0
         self._heartbeats = 0
         self._loop_restarts: list[float] = []
+        self._watching = threading.Lock()
         self._problems_told_until = 0.0
         self._flap = 0
         self._started_at = time.monotonic()
@@ -125,6 +126,7 @@ class APINeuron(Extensions):
         self._deadline: float | None = None
         self._restored = False
         self._restored_day = ""
+        self._offset_seen = 0.0
         self._saving = threading.Lock()
         add_builtin_tasks(self)
 
@@ -353,7 +355,6 @@ class APINeuron(Extensions):
         self.last_call[endpoint] = f"{iso_utc(self.now())} {error.reason}"
         if not isinstance(error, Retryable) or isinstance(error, IdentityConflict):
             return
-        self._failures_in_a_row += 1
         if isinstance(error, Unreachable) and self.outage_since is None:
             self.outage_since = time.monotonic()
         held = self._throttle.ready("outage")
@@ -366,12 +367,16 @@ class APINeuron(Extensions):
 
     def _call_succeeded(self, endpoint: str) -> None:
         self.last_call[endpoint] = f"{iso_utc(self.now())} ok"
-        self._failures_in_a_row = 0
+        if self.transport.clock.offset != self._offset_seen:
+            self._offset_seen = self.transport.clock.offset
+            self.statistics.adopt_day()
         if self.conflicts and not self.credentials.expires_soon():
             self.conflicts = 0  # the token that was refused is accepted after all
         if self.outage_since is not None:
             seconds, self.outage_since = time.monotonic() - self.outage_since, None
-            self.logger.info("the federation answers again after %.0f s", seconds)
+            held = self._throttle.ready("recovery")
+            if held is not None:
+                self.logger.info("the federation answers again after %.0f s", seconds, extra={"held": held})
             for loop in ("heartbeat", "commands", "analytics"):
                 if loop in self.loops and threading.current_thread() is not self.loops[loop]:
                     self.loops[loop].wake()
@@ -648,18 +653,31 @@ class APINeuron(Extensions):
             self.loops["commands"].wake()
 
     def watch(self) -> None:
-        """Restart a loop whose thread has died; at most five times in ten minutes."""
-        now = time.monotonic()
-        self._loop_restarts = [at for at in self._loop_restarts if now - at < 600]
-        for name, loop in list(self.loops.items()):
-            if self._running and not loop.is_alive() and not self._stopping.is_set() and len(self._loop_restarts) < 5:
+        """Restart a loop whose thread has died. After five in ten minutes it is given up, and a program ends.
+
+        The loops call it for each other, and a program's main thread for all of them.
+        """
+        if not self._running or self._stopping.is_set() or not self._watching.acquire(blocking=False):
+            return
+        try:
+            now = time.monotonic()
+            self._loop_restarts = [at for at in self._loop_restarts if now - at < 600]
+            for name, loop in list(self.loops.items()):
+                if loop.is_alive():
+                    continue
+                if len(self._loop_restarts) >= 5:
+                    self.give_up()
+                    return
                 self._loop_restarts.append(now)
                 self.logger.error("the %s loop had died; started again", name)
                 self._start_loop(name)
+        finally:
+            self._watching.release()
 
-    def exhausted(self) -> bool:
-        """Loops die faster than they may be restarted: the process had better end."""
-        return len(self._loop_restarts) >= 5
+    def _give_up(self) -> None:
+        """For a host, whose process is not ours to end; `/health/live` is 503 from here on."""
+        if self._throttle.ready("give up") is not None:
+            self.logger.critical("loops keep dying and are not started again; restart this neuron")
 
     # -- health and status ---------------------------------------------------------------------------------------
 
@@ -816,6 +834,7 @@ class APINeuron(Extensions):
         self.loops = {}
         self.registered = threading.Event()
         self._stopping = threading.Event()
+        self._watching = threading.Lock()
         self._stop_guard = threading.Lock()
         self._saving = threading.Lock()
         self._restored = False

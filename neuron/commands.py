@@ -24,10 +24,12 @@ from neuron.errors import (
     BadAnswer,
     Cancelled,
     EngineUnavailable,
+    FederationError,
     JournalUnavailable,
     Refused,
     Rejected,
     ServerFault,
+    Unreachable,
     WorkerLost,
 )
 from neuron.executors import Call, DaemonThreads, Engine, ExecutorEngine, call_of
@@ -84,6 +86,7 @@ class CommandDesk:
         self._recovered = False
         self._stopping = False
         self._deliverable = True
+        self._stuck: list[Entry] = []
         self._backlog: dict[tuple[str, str], Entry] = {}
         self._unsaved: list[tuple[Entry, str, dict[str, Any]]] = []
         self._abandoned: dict[str, Future[Any]] = {}
@@ -105,12 +108,20 @@ class CommandDesk:
                     self._journal.set_setting("probe", time.time())
                 worked = self._recover()
                 self._save_unsaved()
-                self._deliver()
-                worked = self._go_on() or worked
-                if not self._stopping and not self._congested():
-                    for command in self._neuron.fetch_commands()[:MAX_BATCH]:
+                failure: FederationError | None = None
+                self._stuck.clear()
+                for step in (self._deliver, self._go_on):
+                    try:
+                        worked = step() or worked
+                    except FederationError as error:
+                        failure = failure or error
+                if not self._stopping:
+                    full = self._congested()
+                    pending = self._neuron.fetch_commands()
+                    self._put_off_stuck()
+                    for command in [] if full else pending[:MAX_BATCH]:
                         worked = self._accept(command) or worked
-                if self._deliverable:
+                if failure is None and self._deliverable:
                     self._deliver()
         finally:
             # A stop or restart that was asked for above happens once its command is written down and, if the
@@ -120,6 +131,14 @@ class CommandDesk:
         if worked:
             self.worked_at = time.monotonic()
         return worked
+
+    def _put_off_stuck(self) -> None:
+        """The federation answers, yet not to what is said of these commands: they wait and let others pass.
+
+        In an outage nothing is put off, since it says nothing of a command.
+        """
+        while self._stuck:
+            self._put_off(self._stuck.pop())
 
     def _congested(self) -> bool:
         """So many results wait for the federation that no more commands are taken: the journal stays bounded."""
@@ -156,7 +175,8 @@ class CommandDesk:
 
     def _go_on(self) -> bool:
         worked = False
-        for entry in list(self._backlog.values()):
+        # What is acknowledged wants nobody's answer; what is not may get none.
+        for entry in sorted(self._backlog.values(), key=lambda entry: entry.state):
             if entry.command_id in self._runs or not self._may_begin(entry.type, entry.data):
                 continue
             worked = self._begin(entry) or worked
@@ -238,11 +258,11 @@ class CommandDesk:
                 return False
             except (ServerFault, BadAnswer) as error:
                 self._neuron.logger.warning("command %s: acknowledge failed (%s)", entry.command_id, error)
-                wait = self._put_off(entry)
-                self._backlog[key] = dataclasses.replace(
-                    entry, deliveries=entry.deliveries + 1, next_delivery=time.time() + wait
-                )
+                self._put_off(entry)
                 return False
+            except Unreachable:
+                self._stuck.append(entry)
+                raise
             self._journal.advance(entry, "acknowledged")
             if self._stopping:
                 # Not begun, so the next process begins it; begun now, it would only be interrupted.
@@ -480,14 +500,21 @@ class CommandDesk:
         except (ServerFault, BadAnswer):
             self._put_off(entry)
             return False
+        except Unreachable:
+            self._stuck.append(entry)
+            raise
         else:
             self._journal.delivered(entry)
         return True
 
-    def _put_off(self, entry: Entry) -> float:
+    def _put_off(self, entry: Entry) -> None:
         wait = LONGEST_WAIT if entry.deliveries + 1 >= DELIVERIES_IN_ORDER else jittered(entry.deliveries, None)
         self._journal.delivery_failed(entry, wait)
-        return wait
+        key = (entry.command_id, entry.digest)
+        if key in self._backlog:
+            self._backlog[key] = dataclasses.replace(
+                entry, deliveries=entry.deliveries + 1, next_delivery=time.time() + wait
+            )
 
     # -- from outside --------------------------------------------------------------------------------------------
 

@@ -5,18 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Coroutine
-from concurrent.futures import Future
+from collections.abc import Callable
+from concurrent.futures import CancelledError, Future
 from typing import Any
 from urllib.parse import urlsplit
 
 from neuron.errors import Cancelled, ConfigError, EngineUnavailable, WorkerLost
-from neuron.executors import Call, Channel, Handle, Hold, execute, forwarding_logger, portable, relayed
+from neuron.executors import Call, Channel, Handle, Hold, execute, forwarding_logger, portable, relay
 from neuron.tasks import Run
 
 logger = logging.getLogger("neuron")
@@ -28,8 +27,6 @@ RETRY_SECONDS = 1.0
 CLOSE_SECONDS = 2.0
 LOOK_SECONDS = 0.2  # between two questions of a worker whether its task was cancelled
 TELL_SECONDS = 0.1  # between two tellings of progress
-
-_clients: set[Any] = set()
 
 
 class DaskEngine:
@@ -70,12 +67,20 @@ class DaskEngine:
         raise EngineUnavailable(f"the dask scheduler {self.address} cannot be used: {reason}")
 
     def start(self, call: Call, run: Run, logger: logging.LoggerAdapter[Any]) -> Handle:
-        client = self._client
-        if client is None:
-            self.ready()
+        with self._guard:
+            client, loop = self._client, self._loop
+        if client is None or loop is None:
+            raise EngineUnavailable(f"the dask scheduler {self.address} is not connected")
         key = f"neuron-{call.command_id}-{uuid.uuid4().hex}"
-        future = self._in_loop(self._submitted(client, call, run, key))
+        future: Future[Any] = Future()
         self._runs[key] = future, run, logger
+        try:
+            asyncio.run_coroutine_threadsafe(self._submit(client, call, key), loop).result(CALL_SECONDS)
+        except (OSError, TimeoutError, RuntimeError, CancelledError) as error:
+            # It may answer yet; what was cancelled before it was submitted never will be.
+            if future.cancel():
+                self._runs.pop(key, None)
+                raise EngineUnavailable(f"the dask scheduler {self.address} takes no task: {error!r}") from error
         return Handle(future, tell=lambda: self._tell(client, key))
 
     def close(self) -> None:
@@ -86,17 +91,6 @@ class DaskEngine:
             thread = self._thread
         if thread is not None:
             thread.join(CLOSE_SECONDS)
-
-    def _in_loop(self, work: Coroutine[Any, Any, Any]) -> Any:
-        """The result of `work`, done where the connection lives. Raises EngineUnavailable without one."""
-        loop = self._loop
-        if loop is None:
-            work.close()
-            raise EngineUnavailable(f"the dask scheduler {self.address} is not connected")
-        try:
-            return asyncio.run_coroutine_threadsafe(work, loop).result(CALL_SECONDS)
-        except (OSError, TimeoutError, RuntimeError) as error:
-            raise EngineUnavailable(f"the dask scheduler {self.address} does not take the task: {error}") from error
 
     # -- in the thread of the connection -------------------------------------------------------------------------
 
@@ -119,7 +113,6 @@ class DaskEngine:
             self.address, asynchronous=True, timeout=CONNECT_SECONDS, security=self._security,
             set_as_default=False, name="neuron",
         )
-        _clients.add(client)
         try:
             await client
             with self._guard:
@@ -129,9 +122,8 @@ class DaskEngine:
         finally:
             with contextlib.suppress(OSError, TimeoutError):
                 await client.close(timeout=CLOSE_SECONDS / 2)
-            _clients.discard(client)
             for future, *_ in list(self._runs.values()):
-                if not future.done():
+                if not future.cancel() and not future.done():
                     future.set_exception(WorkerLost(f"the connection to the dask scheduler {self.address} was lost"))
 
     def _disconnect(self) -> None:
@@ -141,21 +133,13 @@ class DaskEngine:
                 self._loop.call_soon_threadsafe(self._task.cancel)
         self._client = self._loop = self._task = None
 
-    async def _submitted(self, client: Any, call: Call, run: Run, key: str) -> Future[Any]:
+    async def _submit(self, client: Any, call: Call, key: str) -> None:
+        future, run, _ = self._runs[key]
         # The one token that entitles to begin this run: a worker takes it from the scheduler, atomically.
         tokens = await self._distributed.Queue(key, client=client)
         await tokens.put(1)
         # Anew each time: a scheduler that was restarted in between does not know.
         client.subscribe_topic(self._topic, self._heard)
-        try:
-            future = client.get_executor(pure=False).submit(run_on_worker, call, key, self._topic)
-        except Exception as error:
-            # What cannot be pickled shows here; it is this task's failure.
-            tokens.close()
-            future = Future()
-            future.set_exception(error)
-            return future
-        relay = relayed(future, (self._distributed.scheduler.KilledWorker,))
 
         def ended(_: Future[Any]) -> None:
             self._runs.pop(key, None)
@@ -163,8 +147,16 @@ class DaskEngine:
             if run.cancelled.is_set() and client.status == "running":
                 client.loop.add_callback(self._distributed.Event(key, client=client).clear)
 
-        relay.add_done_callback(ended)
-        return relay
+        future.add_done_callback(ended)
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            source = client.get_executor(pure=False).submit(run_on_worker, call, key, self._topic)
+        except Exception as error:
+            # What cannot be pickled shows here; it is this task's failure.
+            future.set_exception(error)
+        else:
+            relay(source, future, (self._distributed.scheduler.KilledWorker,))
 
     def _heard(self, event: tuple[float, dict[str, Any]]) -> None:
         """Progress and log lines of all runs; here they find theirs."""
@@ -264,7 +256,7 @@ def _imported() -> Any:
             import dask
 
             names = ("distributed", "distributed.client", "tornado.application", "bokeh")
-            with dask.config.set(logging=dict.fromkeys(names, logging.INFO)):
+            with dask.config.set(logging=dict.fromkeys(names, logging.CRITICAL + 1)):
                 import distributed
         import distributed
     except ImportError as error:
@@ -296,12 +288,3 @@ def _address(url: str, distributed: Any) -> tuple[str, Any]:
         ])
     shown = f"[{host}]" if ":" in host else host
     return f"{'tls' if encrypted else 'tcp'}://{shown}:{port}", security
-
-
-def _forked() -> None:
-    """In a forked copy the connections belong to the parent: not even their end is ours to tell."""
-    for client in _clients:
-        client.status = "closed"
-
-
-os.register_at_fork(after_in_child=_forked)

@@ -119,25 +119,22 @@ class Hold:
             raise EngineUnavailable(self.reason)
 
 
-def relayed(future: Future[Any], lost: tuple[type[BaseException], ...]) -> Future[Any]:
-    """A future that ends as `future` does; the errors `lost`, and being cancelled, become WorkerLost."""
-    relay: Future[Any] = Future()
-    relay.set_running_or_notify_cancel()
+def relay(source: Future[Any], future: Future[Any], lost: tuple[type[BaseException], ...]) -> None:
+    """Let `future`, a running one, end as `source` does; the errors `lost` and a cancellation become WorkerLost."""
 
     def ended(_: Future[Any]) -> None:
-        if relay.done():
+        if future.done():
             return
-        if future.cancelled():
-            relay.set_exception(WorkerLost("the executor dropped the task"))
+        if source.cancelled():
+            future.set_exception(WorkerLost("the executor dropped the task"))
             return
-        error = future.exception()
+        error = source.exception()
         if error is None:
-            relay.set_result(future.result())
+            future.set_result(source.result())
         else:
-            relay.set_exception(WorkerLost(f"the worker is gone: {error}") if isinstance(error, lost) else error)
+            future.set_exception(WorkerLost(f"the worker is gone: {error}") if isinstance(error, lost) else error)
 
-    future.add_done_callback(ended)
-    return relay
+    source.add_done_callback(ended)
 
 
 def portable(value: Any) -> Any:
@@ -200,13 +197,16 @@ class ExecutorEngine:
         self._hold.check()
 
     def start(self, call: Call, run: Run, logger: logging.LoggerAdapter[Any]) -> Handle:
+        future: Future[Any] = Future()
+        future.set_running_or_notify_cancel()
         try:
-            future = self._executor.submit(execute, call, Channel(run.cancelled, run.report, logger))
+            source = self._executor.submit(execute, call, Channel(run.cancelled, run.report, logger))
         except RuntimeError as error:
             # Shut down, broken, or out of threads: the host may give it room again.
             self._hold.set(f"the executor takes no task: {error}", UNAVAILABLE_SECONDS)
             raise EngineUnavailable(self._hold.reason) from error
-        return Handle(relayed(future, (BrokenExecutor,)), kill=lambda: void(future.cancel()))
+        relay(source, future, (BrokenExecutor,))
+        return Handle(future, kill=lambda: void(source.cancel()))
 
     def close(self) -> None:
         """The executor belongs to whoever made it."""

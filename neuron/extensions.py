@@ -75,6 +75,7 @@ class Extensions:
         `idempotent`: it may run again when a process died under it; `retries`: and after it failed. Raises
         DefinitionError, naming the line, for what could not work.
         """
+        _named(name, "task")
 
         def register(function: F) -> F:
             self.tasks.add(
@@ -87,6 +88,7 @@ class Extensions:
 
     def command(self, name: str, *, idempotent: bool = False) -> Callable[[F], F]:
         """Register a command type of your own: `function(data)` with the commandData; its return is the result."""
+        _named(name, "command")
 
         def register(function: F) -> F:
             place = place_of(function)
@@ -109,6 +111,7 @@ class Extensions:
         self, name: str, *, critical: bool = True, timeout: float = 2.0, every: float = 30.0
     ) -> Callable[[F], F]:
         """Register a check: a function that returns (healthy), returns `degraded("why")`, or raises (unhealthy)."""
+        _named(name, "dependency")
 
         def register(function: F) -> F:
             place = place_of(function)
@@ -175,6 +178,12 @@ class Extensions:
         self.statistics.after_fork_in_child()
         self.metrics.after_fork_in_child()
         self.dependencies.after_fork_in_child()
+
+
+def _named(name: object, kind: str) -> None:
+    """Raises DefinitionError for a decorator written without its parentheses: nothing would be registered."""
+    if callable(name):
+        raise DefinitionError(f'{place_of(name)}: write @neuron.{kind}("a name")')
 
 
 class Tracked:

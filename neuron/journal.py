@@ -98,6 +98,7 @@ _TYPES: tuple[tuple[type, ...], ...] = (
     (str,), (str,), (str,), (str,), (int,), (float, _NONE), (str,), (int,), (str, _NONE), (str, _NONE), (int,),
     (float,), (float,),
 )
+LATEST = 1e11  # epoch seconds that a calendar still knows
 STATES = ("received", "acknowledged", "running", "finished", "reported", "aside")
 
 
@@ -191,14 +192,15 @@ class Journal:
                 for attempt in (1, 2):
                     try:
                         return self._transaction(work, durable)
-                    except sqlite3.DatabaseError as error:
+                    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
+                        # SQLite quotes what it stumbled over, and Python then over the quotation.
                         self._disconnect()
                         if not _is_damage(error) or attempt == 2:
                             raise
                         self._set_damaged_aside(str(error))
             except JournalLocked:
                 raise
-            except (sqlite3.Error, OSError) as error:
+            except (sqlite3.Error, UnicodeDecodeError, OSError) as error:
                 self._disconnect()
                 if self.failure is None:
                     self._logger.error(
@@ -612,9 +614,11 @@ def _database(path: Path) -> sqlite3.Connection:
             connection.executescript(
                 f"BEGIN IMMEDIATE; {MIGRATIONS[number]} PRAGMA user_version = {number + 1}; COMMIT;"
             )
-        strange = {state for state, in connection.execute("SELECT DISTINCT state FROM commands")} - {*STATES}
+        strange = connection.execute(
+            f"SELECT command_id FROM commands WHERE state NOT IN {STATES} OR NOT changed_at BETWEEN 0 AND {LATEST}"
+        ).fetchone()
         if strange:
-            raise _Damaged(f"malformed states {strange}")
+            raise _Damaged(f"malformed command {strange[0]!r:.50}")
     except BaseException:
         connection.close()
         raise
@@ -628,7 +632,7 @@ _SURROUNDINGS = {
 }
 
 
-def _is_damage(error: sqlite3.DatabaseError) -> bool:
+def _is_damage(error: sqlite3.DatabaseError | UnicodeDecodeError) -> bool:
     if isinstance(error, sqlite3.ProgrammingError):
         return False
     # Without a code it is Python's own: a text that is no UTF-8, or `_Damaged`.
@@ -655,7 +659,7 @@ def _salvage(path: Path) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         ):
             query = f"SELECT {columns} FROM {table} NOT INDEXED WHERE rowid = ?"
             for rowid in _rowids(connection, table):
-                with contextlib.suppress(sqlite3.Error):
+                with contextlib.suppress(sqlite3.Error, UnicodeDecodeError):
                     row = connection.execute(query, (rowid,)).fetchone()
                     if row is not None:
                         check(row)
@@ -665,7 +669,7 @@ def _salvage(path: Path) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
 
 
 def _check_command(row: tuple[Any, ...]) -> None:
-    if _entry(row[:-2]).state not in STATES or not isinstance(row[-1], float):
+    if _entry(row[:-2]).state not in STATES or not isinstance(row[-1], float) or not 0 <= row[-1] <= LATEST:
         raise _Damaged(f"malformed command {row[0]!r:.50}")
 
 
@@ -673,7 +677,7 @@ def _rowids(connection: sqlite3.Connection, table: str) -> list[int]:
     """From both ends up to what is torn, and whatever may lie between: one page costs its own rows alone."""
     found: set[int] = set()
     for direction in ("ASC", "DESC"):
-        with contextlib.suppress(sqlite3.Error):
+        with contextlib.suppress(sqlite3.Error, UnicodeDecodeError):
             query = f"SELECT rowid FROM {table} NOT INDEXED ORDER BY rowid {direction} LIMIT {2 * KEPT_ROWS}"
             found.update(rowid for rowid, in connection.execute(query))
     if found:

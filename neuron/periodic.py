@@ -10,6 +10,8 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 
+PATIENCE = 60.0  # seconds a tick may take, beyond the waits it announces, before it counts as stalled
+
 
 class PeriodicThread(threading.Thread):
     """A daemon thread that calls `tick` at a fixed rate on the monotonic clock.
@@ -83,7 +85,7 @@ class PeriodicThread(threading.Thread):
 
     def allow(self, seconds: float) -> None:
         """The tick under way may take `seconds` more than the usual patience before it counts as stalled."""
-        self._busy_until = time.monotonic() + seconds + max(60.0, 2 * self._interval())
+        self._busy_until = time.monotonic() + seconds + max(PATIENCE, 2 * self._interval())
 
 
 def allow(seconds: float) -> None:

@@ -38,6 +38,7 @@ class Program(Protocol):
 
     restart_process: Callable[[], None] | None
     request_stop: Callable[[], None]
+    give_up: Callable[[], None]
 
     names: dict[str, str]
 
@@ -47,7 +48,6 @@ class Program(Protocol):
     def begin(self) -> None: ...
     def stop(self) -> None: ...
     def watch(self) -> None: ...
-    def exhausted(self) -> bool: ...
     def address(self) -> str: ...
 
 
@@ -103,6 +103,7 @@ def _run(
         configure(config.log_level, config.log_format, neuron.names)
         neuron.restart_process = lambda: wishes.put("restart")
         neuron.request_stop = lambda: wishes.put("stop")
+        neuron.give_up = lambda: wishes.put("give up")
         neuron.begin()
     except (ConfigError, DefinitionError) as error:
         return _refuse(error, EXIT_CONFIG)
@@ -119,14 +120,13 @@ def _run(
             wish = wishes.get(timeout=WATCH_SECONDS)
         except queue.Empty:
             neuron.watch()
-            if neuron.exhausted():
-                logger.critical("loops keep dying; the process ends so that its supervisor starts a new one")
-                neuron.stop()
-                return EXIT_SOFTWARE
             continue
         break
     told_to_end = _end_at_second_signal(wishes, first=wish)
     neuron.stop()
+    if wish == "give up":
+        logger.critical("loops keep dying; the process ends so that its supervisor starts a new one")
+        return EXIT_SOFTWARE
     if wish == "restart" and not told_to_end.is_set():
         if local is not None:
             local.stop()

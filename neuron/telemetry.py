@@ -270,6 +270,15 @@ class RequestStatistics:
             self._open.merge(totals)
             return True
 
+    def adopt_day(self) -> None:
+        """The clock was corrected: a day without a count becomes the corrected one at once, without the wait."""
+        self.fold()
+        with self._lock:
+            today = _utc_day(self._now())
+            if today != self._open.day and not self._open.total and not self._open.data_processed:
+                self._open = DayTotals(today)
+                self._clock_odd_since = None
+
     def closed_days(self) -> list[dict[str, Any]]:
         """The final exports of days that ended, oldest first, each until `forget_day` is called for it."""
         self.fold()

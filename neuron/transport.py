@@ -7,6 +7,7 @@ and write gets the time that is left.
 
 from __future__ import annotations
 
+import contextlib
 import email.utils
 import itertools
 import json
@@ -19,6 +20,7 @@ import ssl
 import threading
 import time
 from collections.abc import Generator, Iterable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, cast
 from urllib.parse import urlsplit
@@ -43,6 +45,8 @@ BASE_PATH = "/api/api-neurons"
 _TOKENS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[{,:]', re.DOTALL)
 
 _call = threading.local()
+_resolving: dict[tuple[int, str, int], Future[list[Any]]] = {}
+_resolving_guard = threading.Lock()
 
 
 def _time_left() -> float:
@@ -72,11 +76,41 @@ class _DeadlineSSLSocket(ssl.SSLSocket):
         super().sendall(*args, **kwargs)
 
 
+def _addresses(host: str, port: int) -> list[Any]:
+    """`getaddrinfo` within the call's deadline, which it does not know itself.
+
+    A name is asked for in a thread that is left to end by itself; calls that come meanwhile wait for the same one.
+    Raises OSError and UnicodeError.
+    """
+    with contextlib.suppress(OSError):
+        return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+    key = (os.getpid(), host, port)
+    with _resolving_guard:
+        answer = _resolving.get(key)
+        if answer is None:
+            answer = _resolving[key] = Future()
+            try:
+                threading.Thread(target=_resolve, args=(key, answer), name="neuron-resolver", daemon=True).start()
+            except RuntimeError as error:
+                del _resolving[key]
+                raise OSError(str(error)) from None
+    return answer.result(_time_left())
+
+
+def _resolve(key: tuple[int, str, int], answer: Future[list[Any]]) -> None:
+    try:
+        answer.set_result(socket.getaddrinfo(key[1], key[2], type=socket.SOCK_STREAM))
+    except (OSError, UnicodeError) as error:
+        answer.set_exception(error)
+    finally:
+        _resolving.pop(key, None)
+
+
 def _connect(connection: HTTPConnection) -> socket.socket:
     """urllib3's `_new_conn`, with one deadline over all addresses of the name."""
     host = connection._dns_host.strip("[]")
     try:
-        addresses = socket.getaddrinfo(host, connection.port, type=socket.SOCK_STREAM)
+        addresses = _addresses(host, connection.port or 0)
     except (OSError, UnicodeError) as error:
         raise urllib3.exceptions.NameResolutionError(host, connection, socket.gaierror(str(error))) from error
     failure: OSError = OSError("the name has no address")

@@ -660,7 +660,7 @@ def test_a_federation_that_is_down_at_the_start_is_joined_when_it_comes(
     oracle.start()
     oracle.wait_until(lambda: oracle.of("heartbeat"), 15, "a heartbeat")
     outage = [line for line in log("WARNING") if "trying again" in line]
-        assert len(outage) == 1, "an outage is one line in twenty seconds"
+    assert len(outage) == 1, "an outage is one line in twenty seconds"
 
 
 @pytest.mark.parametrize("status", [429, 500])

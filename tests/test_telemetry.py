@@ -506,6 +506,19 @@ def test_a_clock_that_leaps_and_is_corrected_costs_the_day_nothing(
     assert requests.closed_days() == []
 
 
+def test_a_day_without_a_count_follows_a_corrected_clock_at_once(
+    requests: RequestStatistics, wall: Clock
+) -> None:
+    wall.at += 400 * DAY
+    requests.adopt_day()
+    requests.record()
+    assert (requests.snapshot().day, requests.snapshot().total_requests) == ("2026-07-06", 1)
+    wall.at -= 400 * DAY
+    requests.adopt_day()
+    assert requests.snapshot().day == "2026-07-06", "a day with counts waits until the clock insists"
+    assert requests.closed_days() == []
+
+
 def test_a_leap_forward_that_lasts_closes_the_day(
     requests: RequestStatistics, wall: Clock, ticks: Clock
 ) -> None:
