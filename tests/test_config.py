@@ -159,6 +159,14 @@ def test_a_secret_file_that_cannot_be_read_is_a_fault_that_names_it(tmp_path: Pa
     assert "cannot be read" in fault
 
 
+@pytest.mark.parametrize("name", ["token", "api_secret"])
+def test_a_secret_is_refused_on_the_command_line_which_everybody_can_read(name: str) -> None:
+    (fault,) = faults_of(assignments=[f"{name}={SECRET}"])
+    assert fault.startswith(f"--set {name}: ")
+    assert f"NEURON_{name.upper()}_FILE" in fault
+    assert "canary" not in fault
+
+
 def test_only_secrets_have_a_file_variable() -> None:
     settings = loaded({"NEURON_NAME_FILE": "/etc/hostname"})
     assert settings.config.name == "api-neuron"
@@ -217,7 +225,7 @@ def test_one_error_names_every_fault_with_its_source_and_the_nearest_name(tmp_pa
         ({"alert_thresholds": {"cpu_warnin": 70}}, "cpu_warning"),
         ({"on_identity_conflict": "newid"}, "did you mean new-id?"),
         ({"api_secret": "short"}, "shorter than 32 bytes"),
-        ({"tls_cert": "/etc/hostname"}, "both or neither"),
+        ({"tls_cert": "/etc/passwd", "federation_url": "https://f"}, "both or neither"),
         ({"tls_ca": "/no/such/file", "federation_url": "https://f"}, "there is no file /no/such/file"),
         ({"tls_ca": "/etc/passwd"}, "federation_url is not https"),
         ({"data_dir": "/no/such/directory"}, "no directory"),
@@ -238,7 +246,7 @@ def test_a_fault_between_two_fields_names_its_source() -> None:
 
 
 def test_a_secret_of_a_wrong_kind_is_not_repeated_in_the_fault() -> None:
-    (fault,) = faults_of(assignments=["token=canary\ntoken"])
+    (fault,) = faults_of(environ={"NEURON_TOKEN": "canary\ntoken"})
     assert "control characters" in fault
     assert "canary" not in fault
     with pytest.raises(ConfigError) as caught:
@@ -325,15 +333,15 @@ def test_bad_settings_end_the_program_with_exit_code_2_and_every_fault(tmp_path:
 
 def test_print_config_shows_value_and_source_with_secrets_masked(tmp_path: Path) -> None:
     ended = run_program(
-        "--print-config", "--set", "port=8181", "--set", f"api_secret={SECRET}", tmp_path=tmp_path,
-        NEURON_TOKEN="canary-token", NEURON_SERVICE_HOST="10.0.0.7",
+        "--print-config", "--set", "port=8181", tmp_path=tmp_path,
+        NEURON_API_SECRET=SECRET, NEURON_TOKEN="canary-token", NEURON_SERVICE_HOST="10.0.0.7",
     )
     assert ended.returncode == 0
     lines = {line.split(" = ")[0].strip(): line.split(" = ")[1] for line in ended.stdout.splitlines()}
     assert set(lines) == set(FIELDS)
     assert lines["port"] == "8181   # --set"
     assert lines["token"] == f'"{MASK}"   # environment NEURON_TOKEN'
-    assert lines["api_secret"] == f'"{MASK}"   # --set'
+    assert lines["api_secret"] == f'"{MASK}"   # environment NEURON_API_SECRET'
     assert lines["name"] == '"api-neuron"   # default'
     assert "canary" not in ended.stdout + ended.stderr
     assert not list(tmp_path.iterdir())

@@ -91,6 +91,7 @@ def test_a_stalled_loop_turns_live_red_and_shows_in_the_heartbeat(
     wait_for(lambda: requests.get(f"{neuron.address()}/health/live", timeout=5).status_code == 200, what="green again")
 
 
+@pytest.mark.slow
 def test_threads_descriptors_and_sockets_do_not_grow_with_broken_connections(
     oracle: RecordingFederation, make_neuron: Callable[..., APINeuron]
 ) -> None:
