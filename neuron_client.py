@@ -52,15 +52,11 @@ from neuron.health import (
 )
 from neuron.journal import Entry, Journal
 from neuron.logs import NeuronLogger, RecentProblems, Throttle, configure, logger, redactor
+from neuron.machine import SystemSampler, WindowAverages
 from neuron.periodic import PeriodicThread, join_all
 from neuron.status import health_report, heartbeat, status_report
 from neuron.tasks import TaskContext
-from neuron.telemetry import (
-    RequestStatistics,
-    SystemSampler,
-    WindowAverages,
-    iso_utc,
-)
+from neuron.telemetry import RequestStatistics, iso_utc
 from neuron.transport import Answer, Transport, jittered, retry_waits
 
 __all__ = ["APINeuron", "NeuronConfig", "Rejected", "TaskContext", "degraded", "logger"]

@@ -36,13 +36,14 @@ from neuron.executors import Call, DaemonThreads, Engine, ExecutorEngine, call_o
 from neuron.journal import MAX_UNDELIVERED, Entry, Journal, digest_of
 from neuron.logs import NeuronLogger, redactor
 from neuron.tasks import Run, Task, TaskRegistry
-from neuron.transport import jittered
+from neuron.transport import MAX_DEPTH, deeper_than, jittered
 
 CONTROL = frozenset({"health_check", "config_update", "restart", "stop", "cancel_task", "pause", "resume"})
 MAX_BATCH = 256  # commands looked at in one answer; the rest stays pending
 CANCEL_GRACE = 5.0  # seconds a cancelled task has to end by itself before it is given up
 DELIVERIES_IN_ORDER = 10  # failed deliveries after which a result waits an hour and lets others pass
 LONGEST_WAIT = 3600.0  # seconds between tries of what the federation keeps failing at
+TOO_DEEP = {"commandData": "was nested too deep to be kept"}  # written down in its place; the command is rejected
 LATER = object()  # a handler's answer: the next process completes this command
 
 Handler = Callable[[Entry], Any]
@@ -87,6 +88,7 @@ class CommandDesk:
         self._stopping = False
         self._deliverable = True
         self._stuck: list[Entry] = []
+        self._throttle = Throttle(60)  # of what is met again at each look
         self._backlog: dict[tuple[str, str], Entry] = {}
         self._unsaved: list[tuple[Entry, str, dict[str, Any]]] = []
         self._abandoned: dict[str, Future[Any]] = {}
@@ -186,7 +188,8 @@ class CommandDesk:
         """Begin a command from the federation's list, if it is one and there is room for it."""
         parsed = _parsed(command)
         if isinstance(parsed, str):
-            self._neuron.logger.warning("a pending command is no command (%s); left alone", parsed)
+            if self._throttle.ready(parsed) is not None:
+                self._neuron.logger.warning("a pending command is no command (%s); left alone", parsed)
             return False
         command_id, kind, data, priority, timeout_at = parsed
         if command_id in self._runs or not self._may_begin(kind, data):
@@ -257,7 +260,8 @@ class CommandDesk:
                 self._backlog.pop(key, None)
                 return False
             except (ServerFault, BadAnswer) as error:
-                self._neuron.logger.warning("command %s: acknowledge failed (%s)", entry.command_id, error)
+                if self._throttle.ready(entry.command_id) is not None:
+                    self._neuron.logger.warning("command %s: acknowledge failed (%s)", entry.command_id, error)
                 self._put_off(entry)
                 return False
             except Unreachable:
@@ -360,6 +364,8 @@ class CommandDesk:
         if entry.type not in self._neuron.handlers:
             supported = sorted(self._neuron.handlers)
             raise Rejected(f"command type {entry.type!r} is not supported", supported=supported)
+        if entry.data == TOO_DEEP:
+            raise Rejected(f"commandData is nested deeper than {MAX_DEPTH} levels")
         try:
             _text_of(entry.data).encode()
         except UnicodeEncodeError:
@@ -600,11 +606,11 @@ def _parsed(command: Any) -> tuple[str, str, Any, int, float | None] | str:
         return "no usable commandId"
     if not isinstance(kind, str) or not kind:
         return "no commandType"
-    priority = command.get("priority")
+    priority, data = command.get("priority"), command.get("commandData")
     return (
         command_id,
         kind.encode("utf-8", "replace").decode()[:100],
-        command.get("commandData"),
+        TOO_DEEP if deeper_than(data, MAX_DEPTH) else data,
         priority if type(priority) is int and 1 <= priority <= 10 else 5,
         _epoch(command.get("timeoutAt")),
     )

@@ -18,8 +18,9 @@ from neuron.endpoints import Endpoints, Route, check_route
 from neuron.errors import DefinitionError
 from neuron.executors import Engine, open_engine
 from neuron.health import Dependency, DependencyChecks, parse_dependency
+from neuron.metrics import Events, Metric, Metrics
 from neuron.tasks import TaskRegistry, check_name, place_of
-from neuron.telemetry import Events, Metric, Metrics, RequestStatistics
+from neuron.telemetry import RequestStatistics
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -14,7 +14,8 @@ from functools import partial
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from neuron.telemetry import RequestSnapshot, SystemSample, iso_utc
+from neuron.machine import SystemSample
+from neuron.telemetry import RequestSnapshot, iso_utc
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from neuron.config import NeuronConfig
-from neuron.telemetry import Averages, RequestSnapshot
+from neuron.machine import Averages
+from neuron.telemetry import RequestSnapshot
 from neuron.transport import MAX_REQUEST_BYTES
 
 INT4_MAX = 2**31 - 1

@@ -18,17 +18,11 @@ from neuron.executors import Engine
 from neuron.health import Alerts, DependencyChecks, Health, Reason, assess
 from neuron.journal import Journal
 from neuron.logs import RecentProblems, lost_lines, redactor
+from neuron.machine import SystemSample, SystemSampler, system_metrics
+from neuron.metrics import Metrics
 from neuron.periodic import PeriodicThread
 from neuron.tasks import TaskRegistry
-from neuron.telemetry import (
-    Metrics,
-    RequestStatistics,
-    SystemSample,
-    SystemSampler,
-    application_metrics,
-    iso_utc,
-    system_metrics,
-)
+from neuron.telemetry import RequestStatistics, application_metrics, iso_utc
 from neuron.transport import Transport
 
 

@@ -354,25 +354,22 @@ def decode(endpoint: str, content: bytes, status: int | None = None) -> Any:
     if _crowded(content):
         raise BadAnswer(endpoint, f"more than {MAX_ANSWER_VALUES} values in one answer", status=status)
     try:
-        answer = json.loads(content.decode("utf-8-sig"), parse_constant=_refuse_constant, parse_float=_finite)
-        # What was read from a shallow stack may be too deep to be written from a deeper one.
-        if _deeper_than(answer, MAX_DEPTH):
-            raise RecursionError
+        return json.loads(content.decode("utf-8-sig"), parse_constant=_refuse_constant, parse_float=_finite)
     except RecursionError:
-        raise BadAnswer(endpoint, f"JSON nested deeper than {MAX_DEPTH}", status=status) from None
+        raise BadAnswer(endpoint, "JSON nested too deep", status=status) from None
     except ValueError as error:
         kind = "HTML" if content.lstrip()[:1] == b"<" else "an empty body" if not content.strip() else "no JSON"
         raise BadAnswer(endpoint, f"{status} with {kind}: {str(error)[:100]}", status=status) from None
-    return answer
 
 
-def _deeper_than(value: Any, levels: int) -> bool:
+def deeper_than(value: Any, levels: int) -> bool:
+    """Whether JSON is nested so deep that what was read from a shallow stack might not be written from a deeper one."""
     inner: Iterable[Any] = ()
     if isinstance(value, dict):
         inner = value.values()
     elif isinstance(value, list):
         inner = value
-    return levels < 0 or any(_deeper_than(entry, levels - 1) for entry in inner)
+    return levels < 0 or any(deeper_than(entry, levels - 1) for entry in inner)
 
 
 def _crowded(content: bytes) -> bool:
@@ -400,7 +397,7 @@ def _error_text(content: bytes) -> str:
         answer = decode("", content)
     except BadAnswer:
         return "(HTML)" if content.lstrip()[:1] == b"<" else ""
-    if not isinstance(answer, dict):
+    if not isinstance(answer, dict) or deeper_than(answer, MAX_DEPTH):
         return ""
     text = str(answer.get("error") or answer.get("message") or "")
     if details := answer.get("details"):

@@ -23,8 +23,10 @@ from neuron.config import NeuronConfig
 from neuron.errors import FederationError, Unreachable
 from neuron.health import degraded
 from neuron.logs import logger
+from neuron.machine import Averages, SystemSample
+from neuron.metrics import Events, Metrics
 from neuron.status import heartbeat
-from neuron.telemetry import Averages, DayTotals, Events, Metrics, RequestSnapshot, RequestStatistics, SystemSample
+from neuron.telemetry import DayTotals, RequestSnapshot, RequestStatistics
 from neuron.transport import encode
 from neuron_client import APINeuron
 from tests.rig.process import wait_for

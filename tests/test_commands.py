@@ -674,9 +674,21 @@ def test_deeply_nested_data_ends_its_command_and_holds_up_no_other(post: Post) -
     assert neuron.loops["commands"].errors == 0
 
 
+def test_data_nested_too_deep_to_be_kept_is_rejected_and_holds_up_no_other(post: Post) -> None:
+    neuron = post.hire()
+    command = post.issue("health_check")
+    other = post.issue("health_check")
+    deep = {"commandId": command, "commandType": "health_check", "commandData": nested(300)}
+    post.oracle.script("pending", [listed(deep, {"commandId": other, "commandType": "health_check"})])
+    post.start()
+    assert "deeper than 100 levels" in post.completion(command)["errorMessage"]
+    assert post.outcome(other) == "succeeded"
+    assert neuron.loops["commands"].errors == 0
+
+
 def test_an_answer_nested_too_deep_costs_neither_the_loop_nor_what_comes_later(post: Post) -> None:
     neuron = post.hire()
-    deep = {"commandId": "c", "commandType": "health_check", "commandData": nested(900)}
+    deep = {"commandId": "c", "commandType": "health_check", "commandData": nested(980)}
     post.oracle.script("pending", [listed(deep), listed(deep)])
     post.start()
     assert post.outcome(post.issue("health_check")) == "succeeded"

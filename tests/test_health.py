@@ -32,7 +32,8 @@ from neuron.health import (
     degraded,
     parse_dependency,
 )
-from neuron.telemetry import RequestSnapshot, SystemSample
+from neuron.machine import SystemSample
+from neuron.telemetry import RequestSnapshot
 
 QUIET = RequestSnapshot(day="2025-06-01")
 CALM = SystemSample(cpu_percent=10.0, memory_percent=40.0, disk_percent=50.0)

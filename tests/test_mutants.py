@@ -129,6 +129,7 @@ MUTANTS = [
         scenarios.started_twice,
     ),
 ]
+ROUNDS = 3
 SCENARIOS = list(dict.fromkeys(mutant.caught_by for mutant in MUTANTS))
 
 
@@ -154,7 +155,11 @@ def test_a_build_with_a_known_bug_is_caught(mutant: Mutant, tmp_path: Path) -> N
     assert text.count(mutant.old) == 1, f"{mutant.file} has changed: this mutant must be brought up to date"
     file.write_text(text.replace(mutant.old, mutant.new))
 
-    found = mutant.caught_by(source, tmp_path)
-
-    print(f"{mutant.bug}: {found}")
-    assert found
+    # Where a kill lands, and when an answer comes, differs from run to run: what one misses, the next may meet.
+    for number in range(ROUNDS):
+        directory = tmp_path / f"round-{number}"
+        directory.mkdir()
+        if found := mutant.caught_by(source, directory):
+            print(f"{mutant.bug}: {found}")
+            return
+    pytest.fail(f"{ROUNDS} runs of {mutant.caught_by.__name__} did not see it")

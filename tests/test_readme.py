@@ -43,7 +43,9 @@ def test_the_task_dependency_and_endpoint_of_the_readme_work_and_are_under_twent
     (snippet,) = [block for block in blocks("python") if "@neuron.task" in block]
     registrations = snippet[snippet.index("@neuron.task") :]
     assert len([line for line in registrations.splitlines() if line.strip()]) < 20
-    settings = {"federation_url": federation.url, "state_dir": str(tmp_path / "state"), "port": 0, "command_interval": 0.1}
+    settings = {
+        "federation_url": federation.url, "state_dir": str(tmp_path / "state"), "port": 0, "command_interval": 0.1
+    }
     snippet = snippet.replace('name="orders"', f'name="orders", **{settings!r}')
     names: dict[str, APINeuron] = {}
     exec(compile(snippet, str(ROOT / "README.md"), "exec"), names)

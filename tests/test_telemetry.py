@@ -21,22 +21,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neuron import telemetry
+from neuron.machine import SystemSample, SystemSampler, Traffic, WindowAverages, system_metrics
+from neuron.metrics import Events, Metrics
 from neuron.sketch import ALPHA, MAX_BUCKETS, SMALLEST, QuantileSketch
 from neuron.telemetry import (
     CLOCK_JUMP_HOLD,
     CLOSED_DAYS_KEPT,
     PENDING_LIMIT,
     DayTotals,
-    Events,
-    Metrics,
     RequestSnapshot,
     RequestStatistics,
-    SystemSample,
-    SystemSampler,
-    Traffic,
-    WindowAverages,
     application_metrics,
-    system_metrics,
 )
 
 JUNE_FIRST = datetime(2025, 6, 1, 12, tzinfo=UTC).timestamp()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -176,7 +177,12 @@ def started_twice(source: Path, directory: Path) -> list[str]:
         first = trial.start()
         trial.until(lambda: trial.federation.of("heartbeat"))
         first.signal(signal.SIGSTOP)
-        seen = len(trial.federation.requests)
+        # What it had on the way when it was stopped is not the second's.
+        quiet = threading.Event()
+        seen = -1
+        while seen != len(trial.federation.requests):
+            seen = len(trial.federation.requests)
+            quiet.wait(0.3)
         began = time.monotonic()
         second = trial.start()
         ended = second.ended(1.0)

@@ -85,7 +85,8 @@ class NeuronProcess:
         return next((line for line in self.lines if text in str(line.get("message"))), None)
 
     def wait_logged(self, text: str, timeout: float = 15.0) -> dict[str, Any]:
-        found: dict[str, Any] = wait_for(lambda: self.logged(text), timeout, f"the log line {text!r} (so far {self.raw})")
+        what = f"the log line {text!r} (so far {self.raw})"
+        found: dict[str, Any] = wait_for(lambda: self.logged(text), timeout, what)
         return found
 
     def address(self) -> str:
