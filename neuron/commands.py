@@ -34,7 +34,7 @@ from neuron.errors import (
 )
 from neuron.executors import Call, DaemonThreads, Engine, ExecutorEngine, call_of
 from neuron.journal import MAX_UNDELIVERED, Entry, Journal, digest_of
-from neuron.logs import NeuronLogger, redactor
+from neuron.logs import NeuronLogger, Throttle, redactor
 from neuron.tasks import Run, Task, TaskRegistry
 from neuron.transport import MAX_DEPTH, deeper_than, jittered
 

@@ -199,6 +199,20 @@ def test_results_that_wait_an_hour_let_a_new_one_pass_however_many_they_are(
     wait_for(lambda: oracle.command(command)["status"] == "completed", what="the result behind sixty that wait")
 
 
+def test_what_is_met_again_at_each_look_is_one_line(
+    oracle: RecordingFederation, make_neuron: Callable[..., APINeuron], impatient: None,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    neuron = started(oracle, make_neuron, command_interval=0.05)
+    oracle.always("acknowledge", Fault(500))
+    oracle.issue(neuron.neuron_id, "health_check")
+    oracle.issue(neuron.neuron_id, "health_check", commandId="not usable, for its blanks")
+    wait_for(lambda: len(oracle.of("acknowledge")) == 10, what="ten tries")
+
+    for text in ("acknowledge failed", "is no command"):
+        assert sum(text in record.getMessage() for record in caplog.records) == 1, text
+
+
 def started(
     oracle: RecordingFederation, make_neuron: Callable[..., APINeuron], **settings: Any
 ) -> APINeuron:
