@@ -48,7 +48,9 @@ class Redactor:
         for secret in self._secrets:
             if secret in text:
                 text = text.replace(secret, REDACTED)
-        return _SECRET_TEXT.sub(REDACTED, text)
+        text = _SECRET_TEXT.sub(REDACTED, text)
+        # Half a character would make a handler of the host's fail at its stream.
+        return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
     def value(self, value: Any, depth: int = 0) -> Any:
         """`value` with secrets removed from its texts and under keys that name one; deeper than 20: its repr."""
