@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,14 @@ from tests.rig.process import NeuronProcess, wait_for
 from tests.rig.recording import RecordingFederation
 
 __all__ = ["federation", "wait_for"]
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, Any, Any]:
+    """Hostile texts get into captured output; the way from a worker to the terminal takes none with half characters."""
+    report = yield
+    report.sections = [(name, text.encode("utf-8", "replace").decode()) for name, text in report.sections]
+    return report
+
 
 FAST = {"heartbeat_interval": 0.2, "command_interval": 0.1, "analytics_interval": 0.3, "request_timeout": 3.0}
 

@@ -56,8 +56,8 @@ STORED = {"success": False, "response": {"outcome": "timed_out"}, "errorMessage"
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.kind} {row.left}, {row.shown} there")
-def test_each_row_of_the_table_of_crashes_ends_in_its_one_outcome(row: Row, tmp_path: Path) -> None:
-    with Launcher(tmp_path) as launcher, Trial(launcher, tmp_path) as trial:
+def test_each_row_of_the_table_of_crashes_ends_in_its_one_outcome(row: Row, launcher: Launcher, tmp_path: Path) -> None:
+    with Trial(launcher, tmp_path) as trial:
         data: dict[str, Any] = {"log_level": "DEBUG"} if row.kind == "config_update" else {}
         kind = row.kind
         if kind in ("effect", "again"):
@@ -110,8 +110,8 @@ def test_a_command_listed_again_is_answered_from_the_journal_and_a_reused_id_ref
     assert scenarios.listed_again(ROOT, tmp_path) == []
 
 
-def test_a_restarted_process_tells_who_it_was_and_how_long_it_took(tmp_path: Path) -> None:
-    with Launcher(tmp_path) as launcher, Trial(launcher, tmp_path) as trial:
+def test_a_restarted_process_tells_who_it_was_and_how_long_it_took(launcher: Launcher, tmp_path: Path) -> None:
+    with Trial(launcher, tmp_path) as trial:
         child = trial.start()
         command = trial.issue("restart")
         trial.until(trial.idle)
@@ -142,8 +142,8 @@ def test_what_is_refused_for_good_is_set_aside_after_one_try(
     second = oracle.issue(neuron.neuron_id, "health_check")
     wait_for(lambda: oracle.command(second)["status"] == "completed")
 
+    wait_for(lambda: neuron.status()["commands"]["counts"] == {"aside": 1, "reported": 1}, what="both over")
     assert len(oracle.of(kind, refused)) == 1
-    assert neuron.status()["commands"]["counts"] == {"aside": 1, "reported": 1}
 
 
 def test_a_result_too_large_is_sent_once_more_without_it(
@@ -225,8 +225,10 @@ def started(
 # -- between the steps -------------------------------------------------------------------------------------------------
 
 
-def test_a_stop_happens_though_nobody_can_be_told_and_is_told_by_the_next_process(tmp_path: Path) -> None:
-    with Launcher(tmp_path) as launcher, Trial(launcher, tmp_path) as trial:
+def test_a_stop_happens_though_nobody_can_be_told_and_is_told_by_the_next_process(
+    launcher: Launcher, tmp_path: Path
+) -> None:
+    with Trial(launcher, tmp_path) as trial:
         with FaultProxy(trial.federation.port) as proxy:
             proxy.always(TcpFault("rst_before", "/complete"))
             child = trial.start(federation_url=proxy.url)
@@ -240,8 +242,8 @@ def test_a_stop_happens_though_nobody_can_be_told_and_is_told_by_the_next_proces
         assert trial.violations() == {}
 
 
-def test_a_restart_happens_though_another_result_cannot_be_delivered(tmp_path: Path) -> None:
-    with Launcher(tmp_path) as launcher, Trial(launcher, tmp_path) as trial:
+def test_a_restart_happens_though_another_result_cannot_be_delivered(launcher: Launcher, tmp_path: Path) -> None:
+    with Trial(launcher, tmp_path) as trial:
         with FaultProxy(trial.federation.port) as proxy:
             proxy.always(TcpFault("rst_before", "/complete"))
             child = trial.start(federation_url=proxy.url)
@@ -255,8 +257,10 @@ def test_a_restart_happens_though_another_result_cannot_be_delivered(tmp_path: P
         assert trial.violations() == {}
 
 
-def test_a_disk_that_fills_up_between_a_completion_and_its_note_holds_up_no_later_result(tmp_path: Path) -> None:
-    with Launcher(tmp_path) as launcher, Trial(launcher, tmp_path) as trial:
+def test_a_disk_that_fills_up_between_a_completion_and_its_note_holds_up_no_later_result(
+    launcher: Launcher, tmp_path: Path
+) -> None:
+    with Trial(launcher, tmp_path) as trial:
         trial.federation.always("complete", Fault(503))
         child = trial.start(request_timeout=5)
         for _ in range(3):
@@ -296,8 +300,10 @@ def test_a_command_that_finds_no_thread_is_run_when_there_is_one(
     assert len(oracle.of("acknowledge")) == 1
 
 
-def test_the_outcome_of_a_process_that_is_killed_with_many_tasks_is_told_for_each(tmp_path: Path) -> None:
-    with Launcher(tmp_path) as launcher, Trial(launcher, tmp_path) as trial:
+def test_the_outcome_of_a_process_that_is_killed_with_many_tasks_is_told_for_each(
+    launcher: Launcher, tmp_path: Path
+) -> None:
+    with Trial(launcher, tmp_path) as trial:
         child = trial.start(max_concurrent_tasks=8)
         running = [trial.issue_task("slow", seconds=30) for _ in range(8)]
         trial.until(lambda: len(trial.effects()) == 8, what="eight running tasks")

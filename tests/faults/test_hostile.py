@@ -38,8 +38,8 @@ WRONG: list[dict[str, Any]] = [
 
 
 @pytest.mark.slow
-def test_hostile_commands_start_no_process_open_no_file_and_reach_nobody(tmp_path: Path) -> None:
-    with Launcher(tmp_path) as launcher, Trial(launcher, tmp_path) as trial:
+def test_hostile_commands_start_no_process_open_no_file_and_reach_nobody(launcher: Launcher, tmp_path: Path) -> None:
+    with Trial(launcher, tmp_path) as trial:
         deeds = tmp_path / "deeds"
         child = trial.start(environ={"DEEDS": str(deeds)})
         trial.until(lambda: trial.federation.of("heartbeat"))
@@ -72,8 +72,8 @@ def test_hostile_commands_start_no_process_open_no_file_and_reach_nobody(tmp_pat
         assert log_violations(child.log.read_bytes(), levels=()) == []
 
 
-def test_remote_settings_widen_nothing_and_are_all_or_nothing(tmp_path: Path) -> None:
-    with Launcher(tmp_path) as launcher, Trial(launcher, tmp_path) as trial:
+def test_remote_settings_widen_nothing_and_are_all_or_nothing(launcher: Launcher, tmp_path: Path) -> None:
+    with Trial(launcher, tmp_path) as trial:
         child = trial.start()
         trial.until(lambda: trial.federation.of("heartbeat"))
         before = trial.federation.of("heartbeat")[-1].body["configVersion"]

@@ -306,8 +306,8 @@ def test_a_crash_while_a_damaged_journal_is_replaced_costs_nothing(full_of_every
     journal.close()
 
 
-def test_a_neuron_with_a_damaged_journal_says_so_and_obeys(tmp_path: Path) -> None:
-    with Launcher(tmp_path) as launcher, Trial(launcher, tmp_path) as trial:
+def test_a_neuron_with_a_damaged_journal_says_so_and_obeys(launcher: Launcher, tmp_path: Path) -> None:
+    with Trial(launcher, tmp_path) as trial:
         child = trial.start()
         command = trial.issue_task("effect")
         trial.until(trial.idle)
@@ -454,8 +454,10 @@ FAULTY_DISKS = {
 
 
 @pytest.mark.parametrize("injections", FAULTY_DISKS.values(), ids=FAULTY_DISKS.keys())
-def test_a_disk_that_fails_shows_everywhere_and_costs_no_command(injections: tuple[str, ...], tmp_path: Path) -> None:
-    with Launcher(tmp_path) as launcher, Trial(launcher, tmp_path) as trial:
+def test_a_disk_that_fails_shows_everywhere_and_costs_no_command(
+    injections: tuple[str, ...], launcher: Launcher, tmp_path: Path
+) -> None:
+    with Trial(launcher, tmp_path) as trial:
         child = trial.start(host="127.0.0.1", port=0)
         address = str(child.wait_logged("neuron started")["message"]).rpartition("endpoints ")[2]
         trial.issue_task("effect")

@@ -93,8 +93,8 @@ def test_what_a_step_rests_on_is_durable_before_that_step(tmp_path: Path) -> Non
     assert scenarios.power_cut(ROOT, tmp_path) == []
 
 
-def test_the_identity_is_durable_before_the_federation_can_know_it(tmp_path: Path) -> None:
-    with Launcher(tmp_path) as launcher, Trial(launcher, tmp_path, registered=False) as trial:
+def test_the_identity_is_durable_before_the_federation_can_know_it(launcher: Launcher, tmp_path: Path) -> None:
+    with Trial(launcher, tmp_path, registered=False) as trial:
         child = trial.start(trace=[SYSCALLS])
         trial.until(lambda: trial.federation.of("heartbeat"))
         child.kill()

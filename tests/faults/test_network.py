@@ -41,8 +41,8 @@ ENDPOINTS = ("/heartbeat", "/pending", "/acknowledge", "/complete", "/analytics"
 
 
 @pytest.mark.parametrize("fault", KINDS, ids=lambda fault: f"{fault.kind}{fault.after or ''}")
-def test_a_broken_exchange_at_any_endpoint_costs_nothing(fault: TcpFault, tmp_path: Path) -> None:
-    with Launcher(tmp_path) as launcher, Trial(launcher, tmp_path) as trial:
+def test_a_broken_exchange_at_any_endpoint_costs_nothing(fault: TcpFault, launcher: Launcher, tmp_path: Path) -> None:
+    with Trial(launcher, tmp_path) as trial:
         with FaultProxy(trial.federation.port) as proxy:
             proxy.script(TcpFault(fault.kind, path, after=fault.after) for path in ENDPOINTS)
             trial.one_of_each_kind()
@@ -56,8 +56,8 @@ def test_lost_answers_to_acknowledge_and_complete_are_asked_for_again(tmp_path: 
     assert scenarios.replies_lost(ROOT, tmp_path) == []
 
 
-def test_a_registration_whose_answer_was_lost_is_recovered_from(tmp_path: Path) -> None:
-    with Launcher(tmp_path) as launcher, Trial(launcher, tmp_path, registered=False) as trial:
+def test_a_registration_whose_answer_was_lost_is_recovered_from(launcher: Launcher, tmp_path: Path) -> None:
+    with Trial(launcher, tmp_path, registered=False) as trial:
         with FaultProxy(trial.federation.port) as proxy:
             proxy.script([TcpFault("drop_reply", "/register")])
             trial.start(federation_url=proxy.url)
@@ -164,9 +164,9 @@ def asked_twice(trial: Trial) -> bool:
 
 
 @pytest.mark.slow
-def test_a_federation_that_only_errs_is_asked_at_a_moderate_pace(tmp_path: Path) -> None:
+def test_a_federation_that_only_errs_is_asked_at_a_moderate_pace(launcher: Launcher, tmp_path: Path) -> None:
     """Eight neurons with the intervals as shipped, each in a storm of its own."""
-    with Launcher(tmp_path) as launcher, contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         trials = {name: stack.enter_context(Trial(launcher, tmp_path)) for name in STORMS}
         for name, trial in trials.items():
             trial.federation.always("*", STORMS[name]())
@@ -234,8 +234,10 @@ def test_results_of_an_outage_go_out_in_order_and_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_outage_is_lived_through_with_one_line_and_ended_with_one_heartbeat(tmp_path: Path) -> None:
-    with Launcher(tmp_path) as launcher, Trial(launcher, tmp_path, analytics="accept") as trial:
+def test_an_outage_is_lived_through_with_one_line_and_ended_with_one_heartbeat(
+    launcher: Launcher, tmp_path: Path
+) -> None:
+    with Trial(launcher, tmp_path, analytics="accept") as trial:
         with FaultProxy(trial.federation.port) as proxy:
             child = trial.start(
                 federation_url=proxy.url, heartbeat_interval=0.1, analytics_interval=0.1, max_concurrent_tasks=1
@@ -266,9 +268,9 @@ def test_an_outage_is_lived_through_with_one_line_and_ended_with_one_heartbeat(t
 
 
 @pytest.mark.slow
-def test_a_result_that_never_gets_through_holds_up_neither_work_nor_a_stop(tmp_path: Path) -> None:
+def test_a_result_that_never_gets_through_holds_up_neither_work_nor_a_stop(launcher: Launcher, tmp_path: Path) -> None:
     """A proxy in between that resets one certain request, for ever, while all else passes."""
-    with Launcher(tmp_path) as launcher, Trial(launcher, tmp_path) as trial:
+    with Trial(launcher, tmp_path) as trial:
         poisoned = trial.issue_task("effect", 9)
         with FaultProxy(trial.federation.port) as proxy:
             proxy.always(TcpFault("rst_before", f"{poisoned}/complete"))
@@ -288,9 +290,11 @@ def test_a_result_that_never_gets_through_holds_up_neither_work_nor_a_stop(tmp_p
 
 
 @pytest.mark.slow
-def test_a_process_that_was_stopped_for_a_while_catches_up_with_one_heartbeat(tmp_path: Path) -> None:
+def test_a_process_that_was_stopped_for_a_while_catches_up_with_one_heartbeat(
+    launcher: Launcher, tmp_path: Path
+) -> None:
     """F24: SIGSTOP for twenty intervals, SIGCONT."""
-    with Launcher(tmp_path) as launcher, Trial(launcher, tmp_path) as trial:
+    with Trial(launcher, tmp_path) as trial:
         child = trial.start(heartbeat_interval=0.1)
         trial.until(lambda: len(trial.federation.of("heartbeat")) > 5)
         child.signal(signal.SIGSTOP)

@@ -16,8 +16,8 @@ from tests.rig.recording import Fault
 SECRET = "canary-secret-of-callers-0123456789abcdef"
 
 
-def test_a_canary_token_is_in_no_file_line_answer_or_argument(tmp_path: Path) -> None:
-    with Launcher(tmp_path) as launcher, Trial(launcher, tmp_path, registered=False) as trial:
+def test_a_canary_token_is_in_no_file_line_answer_or_argument(launcher: Launcher, tmp_path: Path) -> None:
+    with Trial(launcher, tmp_path, registered=False) as trial:
         with FaultProxy(trial.federation.port) as proxy, RawServer(redirect("http://127.0.0.1:9/")) as elsewhere:
             child = trial.start(
                 federation_url=proxy.url, host="127.0.0.1", port=0, log_level="DEBUG", analytics_interval=0.2,

@@ -27,9 +27,11 @@ def test_no_kill_loses_a_request_that_was_accepted_or_counts_one_twice(tmp_path:
 
 
 @pytest.mark.slow
-def test_a_kill_costs_the_hooks_no_more_than_the_promised_seconds_and_nothing_that_was_reported(tmp_path: Path) -> None:
+def test_a_kill_costs_the_hooks_no_more_than_the_promised_seconds_and_nothing_that_was_reported(
+    launcher: Launcher, tmp_path: Path
+) -> None:
     rate, counted = 500, tmp_path / "counted"
-    with Launcher(tmp_path) as launcher, Trial(launcher, tmp_path, analytics="accept") as trial:
+    with Trial(launcher, tmp_path, analytics="accept") as trial:
         made = 0
         for life in range(1, 4):
             child = trial.start(
@@ -49,8 +51,8 @@ def test_a_kill_costs_the_hooks_no_more_than_the_promised_seconds_and_nothing_th
         assert trial.federation.analytics_regressions() == []
 
 
-def test_totals_wait_for_a_disk_that_cannot_be_read_and_never_fall(tmp_path: Path) -> None:
-    with Launcher(tmp_path) as launcher, Trial(launcher, tmp_path, analytics="accept") as trial:
+def test_totals_wait_for_a_disk_that_cannot_be_read_and_never_fall(launcher: Launcher, tmp_path: Path) -> None:
+    with Trial(launcher, tmp_path, analytics="accept") as trial:
         settings = {"host": "127.0.0.1", "port": 0, "analytics_interval": 0.1}
         child = trial.start(**settings)
         _post(child.wait_logged("neuron started"), 5)
