@@ -333,7 +333,7 @@ def _process_main(pipe: Any, cancelled: Any, call: Call) -> None:
 
     def end_with_parent() -> None:
         if parent is not None:
-            return
+            multiprocessing.connection.wait([parent.sentinel])
             os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()

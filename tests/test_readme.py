@@ -102,3 +102,13 @@ def test_the_token_command_of_the_readme_opens_status(make_neuron: Callable[...,
     assert requests.get(f"{neuron.address()}/status", timeout=5).status_code == 401
     answer = requests.get(f"{neuron.address()}/status", headers={"Authorization": f"Bearer {token}"}, timeout=5)
     assert answer.status_code == 200
+
+
+def test_every_test_that_the_documents_name_exists() -> None:
+    sources = {path: path.read_text() for path in (ROOT / "tests").rglob("*.py")}
+    for document in (ROOT / "README.md", ROOT / "tests" / "faults.md"):
+        text = document.read_text()
+        for name in re.findall(r"`(?:tests/[\w/]+\.py::)?(test_[a-z0-9_]+)`", text):
+            assert any(f"def {name}(" in source for source in sources.values()), f"{document.name}: {name}"
+        for name in re.findall(r"`(tests/[\w/]+\.py)", text):
+            assert (ROOT / name).exists(), f"{document.name}: {name}"
