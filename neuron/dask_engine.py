@@ -278,8 +278,11 @@ def _address(url: str, distributed: Any) -> tuple[str, Any]:
         raise ConfigError([f"executor: {url!r} is not a URL: {error}"]) from None
     if not host or parts.path.strip("/") or parts.query or parts.username:
         raise ConfigError([f"executor: {url!r} is not of the form dask://host:{PORT}"])
-    security = distributed.Security()
-    encrypted = security.get_connection_args("client").get("ssl_context") is not None
+    try:
+        security = distributed.Security()
+        encrypted = security.get_connection_args("client").get("ssl_context") is not None
+    except (OSError, TypeError, ValueError) as error:
+        raise ConfigError([f"executor: {url}: Dask's TLS settings cannot be used: {error}"]) from None
     if not encrypted and not is_loopback(host):
         raise ConfigError([
             f"executor: {url}: whoever reaches a scheduler without TLS runs code on all of it, so beyond loopback TLS "

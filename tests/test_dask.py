@@ -393,6 +393,15 @@ def test_an_executor_url_that_cannot_be_used_safely_is_refused_before_the_start(
         neuron.begin()
 
 
+def test_tls_settings_that_cannot_be_used_are_refused_before_the_start(tmp_path: Path) -> None:
+    missing = str(tmp_path / "none.pem")
+    with importlib.import_module("dask").config.set({
+        "distributed.comm.tls.ca-file": missing, "distributed.comm.tls.client.cert": missing,
+    }):
+        with pytest.raises(ConfigError, match=r"Dask's TLS settings cannot be used.*No such file"):
+            open_engine("dask://10.0.0.5")
+
+
 def test_without_the_extra_the_error_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(ConfigError, match=r"pip install -r requirements-dask\.txt"):

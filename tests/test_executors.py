@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import multiprocessing
 import os
@@ -333,8 +334,13 @@ def test_a_killed_neuron_takes_its_task_processes_with_it(
     neuron_id = federation.wait_for_neuron(timeout=20)
     command = run_task(federation, neuron_id, "deaf", started=str(tmp_path / "started"))
     pid = pid_in(tmp_path / "started")
-    process.kill()
-    wait_for(lambda: gone(pid), 5, "the end of the task's process")
+    process.signal(signal.SIGKILL)
+    try:
+        wait_for(lambda: gone(pid), 5, "the end of the task's process")
+    finally:
+        # One that lives on would hold the log's pipe, and this test with it.
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     run_neuron(script=program(tmp_path), federation_url=federation.url, executor="processes")
     assert outcome(federation, command)[0] == "interrupted"
 

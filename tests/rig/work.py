@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +53,15 @@ def until_cancelled(context: TaskContext) -> str:
 
 
 def deaf(started: str, over: str = "") -> None:
-    """Hears no cancellation; ends when the file `over` is there."""
+    """Hears no cancellation; ends when the file `over` is there, or after a minute."""
     Path(started).write_text(str(os.getpid()), encoding="utf-8")
-    while not (over and Path(over).exists()):
+    _wait_for(over)
+
+
+def _wait_for(file: str) -> None:
+    """A minute at most: what a failed test leaves behind ends too."""
+    deadline = time.monotonic() + 60
+    while not (file and Path(file).exists()) and time.monotonic() < deadline:
         threading.Event().wait(0.02)
 
 
@@ -102,8 +109,8 @@ def prints() -> str:
 def forks(over: str) -> int:
     """Its copy lives on until `over`, holds what the task's process had open, and returns too."""
     pid = os.fork()
-    while pid == 0 and not Path(over).exists():
-        threading.Event().wait(0.02)
+    if pid == 0:
+        _wait_for(over)
     return pid
 
 
