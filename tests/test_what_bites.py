@@ -316,7 +316,8 @@ def test_a_deactivated_neuron_goes_on_as_before(
     assert not row["isActive"]
     beats = len(oracle.of("heartbeat"))
     oracle.wait_until(lambda: len(oracle.of("heartbeat")) >= beats + 3)
-    assert {one.status for one in oracle.of("heartbeat")} == {200}
+    # The last one may be on its way still; those before it were answered.
+    assert {one.status for one in oracle.of("heartbeat")[: beats + 2]} == {200}
     assert outcome(oracle, oracle.issue(neuron.neuron_id, "health_check"))["status"] == "completed"
     assert len(oracle.of("register")) == 1
     assert log("ERROR") == []
