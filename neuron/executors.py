@@ -224,7 +224,8 @@ class ProcessEngine:
     def __init__(self) -> None:
         # Never fork: a child of a threaded process inherits locks that nobody will release.
         self._context = multiprocessing.get_context("spawn")
-        self._processes: set[Any] = set()
+        # With its cancel event: one that is forgotten here is gone before a slow child has opened it.
+        self._processes: dict[Any, Any] = {}
         self._hold = Hold()
 
     def ready(self) -> None:
@@ -254,7 +255,7 @@ class ProcessEngine:
             return Handle(future)
         finally:
             theirs.close()
-        self._processes.add(process)
+        self._processes[process] = cancelled
         threading.Thread(
             target=self._listen, args=(ours, process, future, run, logger), daemon=True,
             name=f"neuron-listen-{call.command_id}",
@@ -300,7 +301,7 @@ class ProcessEngine:
             process.join(END_SECONDS)
             process.kill()
             process.join()
-            self._processes.discard(process)
+            self._processes.pop(process, None)
 
     def close(self) -> None:
         for process in list(self._processes):

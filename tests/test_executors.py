@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
+import logging
 import multiprocessing
 import os
 import signal
@@ -19,7 +21,8 @@ import pytest
 from local_federation.testing import Federation
 from neuron import commands
 from neuron.errors import ConfigError, DefinitionError
-from neuron.executors import ProcessEngine, open_engine
+from neuron.executors import Call, ProcessEngine, open_engine
+from neuron.tasks import Run
 from neuron_client import APINeuron, NeuronConfig
 from tests.rig import work
 from tests.rig.process import NeuronProcess, wait_for
@@ -294,6 +297,16 @@ def test_a_thread_left_behind_does_not_keep_the_process(
     assert outcome(federation, command) == ("succeeded", "returned")
     pid = pid_in(tmp_path / "started")
     wait_for(lambda: gone(pid), 5, "the process's end")
+
+
+def test_a_process_finds_its_cancel_event_though_nobody_kept_the_handle() -> None:
+    engine = ProcessEngine()
+    logger = logging.LoggerAdapter(logging.getLogger("neuron"))
+    call = Call(work.double, {"n": 4}, False, "double", "c1", 1, time.time() + 30)
+    future = engine.start(call, Run("c1", "run_task"), logger).future
+    gc.collect()
+    assert future.result(20) == 8
+    engine.close()
 
 
 def test_a_stop_kills_what_does_not_listen(start: Start, federation: Federation, tmp_path: Path) -> None:
