@@ -25,6 +25,20 @@ def pytest_runtest_makereport() -> Generator[None, Any, Any]:
     return report
 
 
+# Files of processes, clusters and many small waits: not in the inner loop.
+SLOW_FILES = {
+    "test_analytics.py", "test_commands.py", "test_credentials.py", "test_dask.py", "test_docs.py", "test_embedded.py",
+    "test_endpoints.py", "test_examples.py", "test_executors.py", "test_local_federation.py", "test_rig.py",
+    "test_transport.py",
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.name in SLOW_FILES or item.path.parent.name == "faults":
+            item.add_marker(pytest.mark.slow)
+
+
 FAST = {"heartbeat_interval": 0.2, "command_interval": 0.1, "analytics_interval": 0.3, "request_timeout": 3.0}
 
 
