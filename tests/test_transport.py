@@ -45,7 +45,6 @@ from tests.rig.raw_server import Behaviour, Conversation, RawServer, answer
 from tests.rig.recording import Fault, RecordingFederation
 
 DEADLINE = 0.4
-LATE = 5.0  # on a busy machine; the servers here go on for ever
 TOKEN = "canary-token-0123456789"
 MakeNeuron = Callable[..., APINeuron]
 
@@ -102,9 +101,9 @@ def test_no_call_outlives_its_deadline(behaviour: Behaviour) -> None:
         started = time.monotonic()
         with pytest.raises(Unreachable):
             ask(server.url, timeout=DEADLINE)
-        assert time.monotonic() - started < LATE
+        assert time.monotonic() - started < DEADLINE + 0.5
         wait_for(lambda: server.conversations[0].closed, 2, "the end of the connection")
-        assert server.conversations[0].seconds_open < LATE
+        assert server.conversations[0].seconds_open < DEADLINE + 1
 
 
 def test_the_deadline_holds_for_a_connection_that_was_good_before() -> None:
@@ -120,7 +119,7 @@ def test_the_deadline_holds_for_a_connection_that_was_good_before() -> None:
         started = time.monotonic()
         with pytest.raises(Unreachable):
             transport.call("heartbeat", "POST", "/heartbeat", body={}, timeout=DEADLINE)
-        assert time.monotonic() - started < LATE
+        assert time.monotonic() - started < DEADLINE + 0.5
         assert len(server.conversations) == 1, "it was to be the same connection"
 
 
@@ -129,7 +128,7 @@ def test_a_tls_handshake_that_never_ends_is_within_the_deadline() -> None:
         started = time.monotonic()
         with pytest.raises(Unreachable):
             ask(f"https://127.0.0.1:{mute.getsockname()[1]}", timeout=DEADLINE)
-        assert time.monotonic() - started < LATE
+        assert time.monotonic() - started < DEADLINE + 0.5
 
 
 # -- where the token goes ----------------------------------------------------------------------------------------
